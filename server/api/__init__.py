@@ -1,0 +1,1 @@
+"""Speaks HTTP: routes, auth, and the one table from refusal to status."""

@@ -1,0 +1,166 @@
+"""The response that owns its request.
+
+Nothing is acquired before `__call__`: a client that leaves at any moment cancels the one task that holds everything,
+and the cleanup runs in that task.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api import errors
+from server.api.body import ClientLeft, parse_json_object, read_body
+from server.api.disconnect import CancelOnDisconnect
+from server.api.errors import Dialect
+from server.engine.calls import Call, Frame, Reply, StreamReply
+from server.policy.refusals import GenerationFailed, Refusal
+from server.serving.requests import OpenRequest
+from server.serving.service import Service
+
+log = structlog.get_logger(__name__)
+
+_SSE_HEADERS: Final = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+_WAITING: Final = b": waiting\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class WireLimits:
+    """`keep_alive_s`: how long a stream may wait for its first frame before its head and a comment are sent."""
+
+    max_body_bytes: int
+    keep_alive_s: float
+
+
+class OwnedResponse(Response):
+    """Runs one call when the server asks for the answer, and sends it."""
+
+    def __init__(self, service: Service, limits: WireLimits, request: Request, route: str, dialect: Dialect) -> None:
+        self.background = None
+        self._service = service
+        self._limits = limits
+        self._request = request
+        self._route = route
+        self._dialect = dialect
+        self._head_sent = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send = send
+        opened = OpenRequest(scope["state"]["request_id"], self._route, producing=scope["method"] == "GET")
+        scope["state"]["open_request"] = opened
+        try:
+            call = await self._read(receive)
+            async with CancelOnDisconnect(receive) as self._client, self._service.requests.open(opened):
+                await self._answer(call, opened)
+            opened.client_left = self._client.client_left
+        except Refusal as refusal:
+            await self._refuse(opened.refusal or refusal, opened)
+        except ClientLeft:
+            opened.client_left = True
+
+    async def _read(self, receive: Receive) -> Call:
+        request = self._request
+        headers = Headers(scope=request.scope)
+        body = None
+        if request.method == "POST":
+            raw = await read_body(receive, headers, self._limits.max_body_bytes)
+            body = parse_json_object(raw, headers) if raw or "content-type" in headers else {}
+        return Call(
+            method=request.method,
+            route=self._route,
+            headers=tuple(request.scope["headers"]),
+            path_params=request.path_params,
+            query=dict(request.query_params),
+            body=body,
+        )
+
+    async def _answer(self, call: Call, opened: OpenRequest) -> None:
+        try:
+            reply = await self._service.answer(call, opened)
+            if isinstance(reply, StreamReply):
+                await self._stream(reply, opened)
+            else:
+                await self._whole(reply, opened)
+        except Refusal as refusal:
+            raise (opened.refusal or refusal) from refusal
+        except Exception as error:
+            log.exception("request failed")
+            raise GenerationFailed("Something went wrong on the server. Please try again.") from error
+
+    async def _whole(self, reply: Reply, opened: OpenRequest) -> None:
+        headers = {**reply.headers, **opened.headers, "content-length": str(len(reply.body))}
+        await self._start(200, reply.media_type, headers)
+        self._client.finish()
+        await self._send({"type": "http.response.body", "body": reply.body})
+
+    async def _stream(self, reply: StreamReply, opened: OpenRequest) -> None:
+        """Send frames as they come; the head goes with the first frame that the engine made.
+
+        Frames that precede the engine's first output are held back, so that a refusal can still be a status.
+        """
+        waiting = asyncio.create_task(self._keep_alive(reply.media_type, opened))
+        held: list[bytes] = []
+        try:
+            async with aclosing(reply.frames) as frames:
+                async for frame in frames:
+                    if (refusal := reply.refusal_in(frame)) is not None:
+                        raise refusal
+                    held.append(_bytes(frame))
+                    if not opened.producing:
+                        continue
+                    if not waiting.done():
+                        await _cancelled(waiting)
+                    await self._send_frames(b"".join(held), reply.media_type, opened)
+                    held.clear()
+        finally:
+            await _cancelled(waiting)
+        await self._send_frames(b"".join(held), reply.media_type, opened)
+        self._client.finish()
+        await self._end()
+
+    async def _send_frames(self, frames: bytes, media_type: str, opened: OpenRequest) -> None:
+        if not self._head_sent:
+            await self._start(200, media_type, {**_SSE_HEADERS, **opened.headers})
+        await self._send({"type": "http.response.body", "body": frames, "more_body": True})
+
+    async def _keep_alive(self, media_type: str, opened: OpenRequest) -> None:
+        """Keep proxies from cutting a stream whose first token is long in coming."""
+        while media_type.startswith("text/event-stream"):
+            await asyncio.sleep(self._limits.keep_alive_s)
+            await self._send_frames(_WAITING, media_type, opened)
+
+    async def _refuse(self, refusal: Refusal, opened: OpenRequest) -> None:
+        log.info("refused", reason=type(refusal).__name__, detail=refusal.message)
+        if self._head_sent:
+            await self._send_frames(errors.event(refusal, self._dialect), "", opened)
+            await self._end()
+            return
+        payload = errors.encoded(refusal, self._dialect)
+        headers = {**opened.headers, **errors.headers(refusal), "content-length": str(len(payload))}
+        await self._start(errors.status(refusal), "application/json", headers)
+        await self._send({"type": "http.response.body", "body": payload})
+
+    async def _start(self, status: int, media_type: str, headers: Mapping[str, str]) -> None:
+        self._head_sent = True
+        raw = [(b"content-type", media_type.encode())]
+        raw += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def _end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _bytes(frame: Frame) -> bytes:
+    return frame.encode() if isinstance(frame, str) else frame
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})

@@ -1,0 +1,41 @@
+"""Cancels the work of a request whose client has gone."""
+
+import asyncio
+from types import TracebackType
+
+from starlette.types import Receive
+
+
+class CancelOnDisconnect:
+    """Inside it, a disconnect cancels the current task, once, so that its cleanup can still await.
+
+    `finish()` says that the answer is complete; the server reports a disconnect after that as a matter of course.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._finished = False
+        self.client_left = False
+
+    def finish(self) -> None:
+        self._finished = True
+
+    async def __aenter__(self) -> "CancelOnDisconnect":
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._watcher.cancel()
+        return self.client_left and kind is asyncio.CancelledError and self._task.uncancel() == 0
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self._finished:
+            self.client_left = True
+            self._task.cancel()

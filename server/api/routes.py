@@ -1,0 +1,134 @@
+"""The routes that exist. They are an allow-list: an endpoint of vLLM that is not named here cannot be reached."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.api.answer import OwnedResponse, WireLimits
+from server.api.errors import Dialect
+from server.policy.refusals import ModelNotFound
+from server.serving.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One endpoint that is answered by an engine operation of the same method and path."""
+
+    method: str
+    path: str
+    dialect: Dialect = "openai"
+
+
+OPERATION_ROUTES: Final = (
+    Route("POST", "/v1/chat/completions"),
+    Route("POST", "/v1/chat/completions/batch"),
+    Route("POST", "/v1/completions"),
+    Route("POST", "/v1/responses", "responses"),
+    Route("GET", "/v1/responses/{response_id}", "responses"),
+    Route("POST", "/v1/responses/{response_id}/cancel", "responses"),
+    Route("POST", "/v1/messages", "anthropic"),
+    Route("POST", "/v1/messages/count_tokens", "anthropic"),
+    Route("GET", "/v1/models"),
+    Route("POST", "/tokenize"),
+    Route("POST", "/detokenize"),
+    Route("GET", "/tokenizer_info"),
+    Route("POST", "/v1/embeddings"),
+    Route("POST", "/v2/embed"),
+    Route("POST", "/pooling"),
+    Route("POST", "/classify"),
+    Route("POST", "/score"),
+    Route("POST", "/v1/score"),
+    Route("POST", "/rerank"),
+    Route("POST", "/v1/rerank"),
+    Route("POST", "/v2/rerank"),
+    Route("POST", "/v1/load_lora_adapter"),
+    Route("POST", "/v1/unload_lora_adapter"),
+)
+
+# Reach into the engine's process or its cluster; mounted only when the operator asks for them.
+DEVELOPER_ROUTES: Final = (
+    Route("POST", "/start_profile"),
+    Route("POST", "/stop_profile"),
+    Route("POST", "/collective_rpc"),
+    Route("POST", "/reset_prefix_cache"),
+    Route("POST", "/reset_mm_cache"),
+    Route("POST", "/reset_encoder_cache"),
+    Route("POST", "/sleep"),
+    Route("POST", "/wake_up"),
+    Route("GET", "/is_sleeping"),
+    Route("GET", "/server_info"),
+    Route("POST", "/scale_elastic_ep"),
+    Route("POST", "/is_scaling_elastic_ep"),
+)
+
+
+def operations_router(
+    service: Service, limits: WireLimits, authenticate: Callable[[Request], Awaitable[None]], *, developer_routes: bool
+) -> APIRouter:
+    """Routes answered by the engine."""
+    router = APIRouter(dependencies=[Depends(authenticate)])
+    for route in OPERATION_ROUTES + (DEVELOPER_ROUTES if developer_routes else ()):
+        router.add_api_route(
+            route.path,
+            _endpoint(service, limits, route),
+            methods=[route.method],
+            response_class=Response,
+            name=f"{route.method} {route.path}",
+        )
+
+    @router.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> Any:
+        """One model's card, as in the list."""
+        cards = await service.model_cards()
+        for card in cards:
+            if card["id"] == model_id:
+                return JSONResponse(card)
+        names = ", ".join(card["id"] for card in cards)
+        raise ModelNotFound(f"The model `{model_id}` does not exist. Served here: {names}.", param="model")
+
+    return router
+
+
+def _endpoint(service: Service, limits: WireLimits, route: Route) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        return OwnedResponse(service, limits, request, route.path, route.dialect)
+
+    return endpoint
+
+
+def status_router(service: Service, versions: dict[str, str], metrics_page: Callable[[], Response]) -> APIRouter:
+    """Routes that need no key: health, version, metrics."""
+    router = APIRouter()
+
+    @router.get("/health/live")
+    async def live() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "live"}
+
+    @router.get("/health")
+    @router.get("/health/ready")
+    @router.get("/ping")
+    @router.post("/ping")
+    async def ready() -> Response:
+        """200 when requests are served, else 503 with what the server is doing."""
+        if service.ready:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready", "stage": service.stage}, status_code=503)
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        return versions
+
+    @router.get("/load")
+    async def load() -> dict[str, int]:
+        """Open requests, under the name that vLLM gives them."""
+        return {"server_load": len(service.requests)}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return metrics_page()
+
+    return router

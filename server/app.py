@@ -1,0 +1,116 @@
+"""The composition: builds every room's parts from the settings and puts them together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from server.api import errors
+from server.api.answer import WireLimits
+from server.api.auth import ApiKeys
+from server.api.errors import Dialect
+from server.api.middleware import Exchange
+from server.api.routes import operations_router, status_router
+from server.policy.bodies import MaxTokensDefaults
+from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
+from server.serving.engine_slot import EngineSlot
+from server.serving.generation import Generation
+from server.serving.requests import OpenRequests
+from server.serving.service import BodyRules, Service
+from server.settings import Settings
+from server.telemetry import metrics
+from server.telemetry.metrics import Metrics
+
+_MIB: Final = 1 << 20
+_ANTHROPIC_PREFIX: Final = "/v1/messages"
+_HTTP_REFUSALS: Final[Mapping[int, type[Refusal]]] = {
+    HTTPStatus.NOT_FOUND: NotFound,
+    HTTPStatus.METHOD_NOT_ALLOWED: MethodNotAllowed,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """The ASGI application and the parts that its life is steered by."""
+
+    asgi: ASGIApp
+    slot: EngineSlot
+    requests: OpenRequests
+    generation: Generation
+
+
+def build_application(settings: Settings, versions: Mapping[str, str]) -> Application:
+    """Everything but the engine, which is loaded while this already answers."""
+    slot, requests, figures = EngineSlot(), OpenRequests(), Metrics()
+    rules = BodyRules(
+        opened_fields=frozenset(settings.allow_client_field),
+        max_tokens=MaxTokensDefaults(
+            chat=settings.default_max_tokens, background_task=settings.background_task_max_tokens
+        ),
+    )
+    service = Service(slot, requests, rules)
+    docs = settings.docs
+    api = FastAPI(
+        title="Tidegate",
+        version=versions["tidegate"],
+        root_path=settings.root_path,
+        openapi_url="/openapi.json" if docs else None,
+    )
+    limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s)
+    authenticate = ApiKeys(settings.api_key)
+    api.include_router(_status(service, versions, figures))
+    api.include_router(operations_router(service, limits, authenticate, developer_routes=settings.developer_routes))
+    api.add_exception_handler(HTTPException, _on_http_exception)
+    api.add_exception_handler(Refusal, _on_refusal)
+    api.add_exception_handler(Exception, _on_error)
+    asgi: ASGIApp = Exchange(api, metrics=figures, access_log=settings.access_log)
+    if settings.allowed_origins:
+        asgi = CORSMiddleware(
+            asgi,
+            allow_origins=settings.allowed_origins,
+            allow_methods=settings.allowed_methods,
+            allow_headers=settings.allowed_headers,
+            allow_credentials=settings.allow_credentials,
+        )
+    return Application(asgi, slot, requests, Generation())
+
+
+def _status(service: Service, versions: Mapping[str, str], figures: Metrics) -> Any:
+    # vLLM's clients read its version under `version`
+    shown = {"version": versions.get("vllm", "unknown"), "tidegate": versions["tidegate"]}
+    return status_router(service, shown, lambda: Response(figures.page(), media_type=metrics.CONTENT_TYPE))
+
+
+def _dialect(request: Request) -> Dialect:
+    return "anthropic" if request.url.path.startswith(_ANTHROPIC_PREFIX) else "openai"
+
+
+async def _on_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return Response(
+        errors.encoded(error, _dialect(request)),
+        status_code=errors.status(error),
+        headers=errors.headers(error),
+        media_type="application/json",
+    )
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own answers (no such route, wrong method) in the shape of every other error."""
+    assert isinstance(error, HTTPException)
+    kind = _HTTP_REFUSALS.get(error.status_code, InvalidRequest)
+    sentences = {NotFound: "There is no route", MethodNotAllowed: "This route does not take"}
+    text = f"{sentences.get(kind, error.detail)} {request.method} {request.url.path}."
+    response = await _on_refusal(request, kind(text))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_error(request: Request, _: Exception) -> Response:
+    """The last resort; the server logs the traceback, the client gets none of it."""
+    return await _on_refusal(request, GenerationFailed("Something went wrong on the server. Please try again."))

@@ -1,0 +1,1 @@
+"""Generates: the only room that imports vLLM."""

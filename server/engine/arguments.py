@@ -1,0 +1,188 @@
+"""vLLM's command line: any `vllm serve` flag is taken, and what the user left open is chosen here.
+
+A flag that Tidegate cannot honour is refused with a sentence; a flag accepted and ignored would be a lie.
+"""
+
+import difflib
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+import psutil
+import structlog
+import torch
+from transformers import PretrainedConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.platforms import current_platform
+from vllm.transformers_utils.config import get_config
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from server.engine.chat_templates import read_chat_template
+from server.engine.parsers import ParserChoice, choose_parsers
+from server.engine.start_failures import StartFailure
+
+log = structlog.get_logger(__name__)
+
+_GIB: Final = 1 << 30
+# A CPU machine's memory is shared with everything else on it; a quarter leaves room for weights and the system.
+_CPU_KV_CACHE_SHARE: Final = 0.25
+_CPU_KV_CACHE_MAX_BYTES: Final = 4 * _GIB
+_AUTO_TENSOR_PARALLEL: Final = 0
+_AUTO_MAX_MODEL_LEN: Final = -1
+
+_REFUSED_FLAGS: Final[Mapping[str, str]] = {
+    "headless": "Tidegate serves HTTP beside its engine; run `vllm serve --headless` on helper nodes.",
+    "grpc": "Tidegate speaks HTTP only.",
+    "grpc_port": "Tidegate speaks HTTP only.",
+    "tokens_only": "Tidegate has no tokens-only mode.",
+    "enable_ssl_refresh": "Restart the server to load new certificates, or end TLS in a proxy.",
+    "data_parallel_multi_port_external_lb": "Start one Tidegate per rank instead.",
+    "middleware": "Put a proxy before the server instead.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineArguments:
+    """vLLM's parsed arguments with every open choice made, and why the parsers are what they are."""
+
+    args: Namespace
+    parsers: ParserChoice
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser, but an error is an exception with a hint instead of a usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        raise StartFailure(f"{message[:1].upper()}{message[1:]}.{self._hint(message)}")
+
+    def _hint(self, message: str) -> str:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = [word for word in message.split() if word.startswith("-")]
+        near = difflib.get_close_matches(unknown[0], flags, n=1) if unknown else []
+        return f" Did you mean {near[0]}?" if near else " `tidegate serve --help` lists Tidegate's flags."
+
+
+def vllm_help() -> str:
+    """The help text of every `vllm serve` flag."""
+    return make_arg_parser(FlexibleArgumentParser(prog="tidegate serve", add_help=False)).format_help()
+
+
+def parse_arguments(flags: Sequence[str]) -> Namespace:
+    """vLLM's arguments from its flags, with our defaults. `args.model` is None when no model is named.
+
+    Raises `StartFailure` for unknown or refused flags.
+    """
+    parser = make_arg_parser(_Parser(prog="tidegate serve", add_help=False))
+    parser.set_defaults(
+        model=None,
+        max_model_len=_AUTO_MAX_MODEL_LEN,
+        tensor_parallel_size=_AUTO_TENSOR_PARALLEL,
+        enforce_eager=current_platform.is_cpu(),  # compiling for a CPU takes longer than it gives back on start
+    )
+    args = parser.parse_args(_without_auto(flags))
+    args.model = args.model_tag or args.model
+    for name, reason in _REFUSED_FLAGS.items():
+        if getattr(args, name, None):
+            raise StartFailure(f"--{name.replace('_', '-')} is not supported. {reason}")
+    if (args.api_server_count or 1) > 1:
+        raise StartFailure("--api-server-count above 1 is not supported yet. Start several replicas instead.")
+    return args
+
+
+def _without_auto(flags: Sequence[str]) -> list[str]:
+    """Drop `--tensor-parallel-size auto`, which is the default and which vLLM's parser does not know."""
+    kept: list[str] = []
+    for flag in flags:
+        if flag in {"--tensor-parallel-size=auto", "-tp=auto"}:
+            continue
+        if flag == "auto" and kept and kept[-1] in {"--tensor-parallel-size", "-tp"}:
+            kept.pop()
+            continue
+        kept.append(flag)
+    return kept
+
+
+def complete_arguments(args: Namespace) -> EngineArguments:
+    """Choose what the user left open: tensor parallelism, KV-cache memory on a CPU, tool and reasoning parsers."""
+    config = _model_config(args)
+    text_config = config.get_text_config()
+    if args.tensor_parallel_size == _AUTO_TENSOR_PARALLEL:
+        args.tensor_parallel_size = _auto_tensor_parallel(text_config)
+    if current_platform.is_cpu():
+        _complete_cpu(args)
+    parsers = _complete_parsers(args, config)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise StartFailure(str(error)) from error
+    return EngineArguments(args, parsers)
+
+
+def _model_config(args: Namespace) -> PretrainedConfig:
+    try:
+        return get_config(args.hf_config_path or args.model, args.trust_remote_code, args.revision)
+    except (OSError, ValueError) as error:
+        raise StartFailure(
+            f"The model {args.model!r} could not be loaded: {_first_sentence(error)} "
+            "Give a folder with a config.json, or the name of a model that can be downloaded."
+        ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") + "."
+
+
+def divisor_at_most(limit: int, heads: int) -> int:
+    """The largest number of ranks, at most `limit`, over which `heads` attention heads divide evenly."""
+    return next(size for size in range(min(limit, heads), 0, -1) if heads % size == 0)
+
+
+def _auto_tensor_parallel(text_config: PretrainedConfig) -> int:
+    gpus = 0 if current_platform.is_cpu() else torch.accelerator.device_count()
+    heads = getattr(text_config, "num_attention_heads", 1)
+    size = divisor_at_most(max(1, gpus), heads)
+    log.info("tensor parallel size chosen", tensor_parallel_size=size, gpus=gpus, attention_heads=heads)
+    return size
+
+
+def _complete_cpu(args: Namespace) -> None:
+    named = args.kv_cache_memory_bytes is not None or "VLLM_CPU_KVCACHE_SPACE" in os.environ
+    if not named and args.gpu_memory_utilization == AsyncEngineArgs.gpu_memory_utilization:
+        share = int(psutil.virtual_memory().total * _CPU_KV_CACHE_SHARE)
+        args.kv_cache_memory_bytes = min(share, _CPU_KV_CACHE_MAX_BYTES)
+        log.info("CPU KV cache size chosen", gib=round(args.kv_cache_memory_bytes / _GIB, 1))
+    ranks = args.tensor_parallel_size
+    if ranks > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cpu_ranks(sorted(os.sched_getaffinity(0)), ranks)
+
+
+def cpu_ranks(cores: Sequence[int], ranks: int) -> str:
+    """vLLM's core list per rank: cores 0 to 3 over 2 ranks are `0,1|2,3`. Ranks share cores when there are too few."""
+    each = max(1, len(cores) // ranks)
+    groups = [[cores[(rank * each + i) % len(cores)] for i in range(each)] for rank in range(ranks)]
+    return "|".join(",".join(map(str, group)) for group in groups)
+
+
+def _complete_parsers(args: Namespace, config: PretrainedConfig) -> ParserChoice:
+    template = read_chat_template(args.model, args.chat_template, args.revision)
+    choice = choose_parsers(
+        model_type=getattr(config, "model_type", ""),
+        architectures=getattr(config, "architectures", None) or (),
+        model_name=args.model,
+        chat_template=template,
+    )
+    if args.tool_call_parser is None:
+        args.tool_call_parser = choice.tool_call_parser
+    args.enable_auto_tool_choice = args.tool_call_parser is not None
+    structured: Any = args.structured_outputs_config
+    args.reasoning_parser = args.reasoning_parser or structured.reasoning_parser or choice.reasoning_parser or ""
+    log.info(
+        "parsers chosen",
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser or None,
+        because=choice.reason,
+    )
+    return choice

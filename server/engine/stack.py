@@ -1,0 +1,167 @@
+"""One engine with everything built on it: vLLM's `AsyncLLM` and OpenAI serving objects, replaceable as a whole."""
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from starlette.datastructures import State
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+from vllm.usage.usage_lib import UsageContext
+
+from server.engine.arguments import EngineArguments, complete_arguments, parse_arguments
+from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
+from server.engine.operations import Operation, OperationKey, collect_operations
+from server.engine.seams import SeamedEngine, Seams, open_renderer_seam
+from server.engine.start_failures import StartContext, StartFailure, explain
+
+log = structlog.get_logger(__name__)
+
+Stage = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StackRequest:
+    """What a stack is built from. `logging_config` is a dictConfig file for vLLM's processes, whose
+    error records also land in `engine_error_log`."""
+
+    vllm_flags: tuple[str, ...]
+    logging_config: Path
+    engine_error_log: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A running engine and its operations. Everything about one engine's life is in here, nothing outlives it."""
+
+    engine: SeamedEngine
+    operations: dict[OperationKey, Operation]
+    model_names: tuple[str, ...]
+    max_model_len: int
+    kv_cache_tokens: int
+    renders_tools: bool
+
+    @property
+    def alive(self) -> bool:
+        return not self.engine.errored
+
+    def operation(self, method: str, path: str) -> Operation | None:
+        """The endpoint for a method and path template, or None where the model has none."""
+        return self.operations.get((method, path))
+
+    async def report(self) -> None:
+        """Let vLLM log its throughput and cache figures of the last interval."""
+        await self.engine.do_log_stats()
+
+    def shutdown(self) -> None:
+        """End the engine's processes now. Blocking; running requests end with an error."""
+        self.engine.shutdown(timeout=0)
+
+
+async def build_stack(request: StackRequest, seams: Seams, stage: Stage) -> Stack:
+    """Load the model and build everything on it. Raises `StartFailure`.
+
+    The blocking part runs in a thread, so that the port answers meanwhile.
+    """
+    arguments, engine = await asyncio.to_thread(_build_engine, request, seams, stage)
+    stage("warming up")
+    return await _build_on(arguments, engine, seams)
+
+
+def _build_engine(request: StackRequest, seams: Seams, stage: Stage) -> tuple[EngineArguments, SeamedEngine]:
+    args = parse_arguments(request.vllm_flags)
+    try:
+        _configure_logging(args, request.logging_config)
+        if args.model is None:
+            stage("fetching the embedded model")
+            args.model = str(ensure_embedded_model())
+            args.served_model_name = args.served_model_name or [EMBEDDED_MODEL_NAME]
+        stage("reading the model's configuration")
+        _import_plugins(args)
+        arguments = complete_arguments(args)
+        stage("loading the model")
+        engine = _start_engine(args)
+    except Exception as error:
+        raise _explained(error, args, request.engine_error_log) from error
+    engine.seams = seams
+    return arguments, engine
+
+
+def _configure_logging(args: Namespace, ours: Path) -> None:
+    """Give vLLM's processes our log format, unless the operator chose a logging configuration of their own."""
+    chosen = getattr(args, "logging_config", None)
+    if not getattr(args, "log_config_file", None) and not (chosen and chosen.pylogging_config_file):
+        args.log_config_file = str(ours)
+    configure_logging_from_args(args)
+
+
+def _import_plugins(args: Namespace) -> None:
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+
+
+def _start_engine(args: Namespace) -> SeamedEngine:
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    propagate_flash_late_interaction(args, engine_args)
+    config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    engine = SeamedEngine.from_vllm_config(
+        vllm_config=config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=engine_args.enable_log_requests,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
+    assert isinstance(engine, SeamedEngine)
+    return engine
+
+
+def _explained(error: Exception, args: Namespace, engine_error_log: Path) -> StartFailure:
+    log.debug("engine start failed", exc_info=error)
+    words = engine_error_log.read_text(encoding="utf-8") if engine_error_log.exists() else ""
+    context = StartContext(
+        model=(args.served_model_name or [args.model])[0],
+        on_cpu=current_platform.is_cpu(),
+        kv_cache_dtype=args.kv_cache_dtype,
+    )
+    return explain(error, words, context)
+
+
+async def _build_on(arguments: EngineArguments, engine: SeamedEngine, seams: Seams) -> Stack:
+    args, state = arguments.args, State()
+    await engine.reset_mm_cache()  # vLLM does the same: dummy inputs of its memory profiling stay behind otherwise
+    tasks = await engine.get_supported_tasks()
+    await init_app_state(engine, state, args, tasks)
+    open_renderer_seam(state.online_renderer, seams)
+    config = engine.vllm_config
+    stack = Stack(
+        engine=engine,
+        operations=collect_operations(args, state, tasks, config.model_config),
+        model_names=tuple(args.served_model_name or [args.model]),
+        max_model_len=config.model_config.max_model_len,
+        kv_cache_tokens=config.cache_config.kv_cache_size_tokens or 0,
+        renders_tools=arguments.parsers.renders_tools and args.tool_call_parser is not None,
+    )
+    _log_window(stack, asked=args.max_model_len)
+    return stack
+
+
+def _log_window(stack: Stack, asked: int) -> None:
+    if asked > 0:
+        log.info("window", max_model_len=stack.max_model_len, kv_cache_tokens=stack.kv_cache_tokens)
+        return
+    log.info(
+        "window chosen: the largest that the model and the KV cache allow; more memory "
+        "(--gpu-memory-utilization, VLLM_CPU_KVCACHE_SPACE) or --kv-cache-dtype fp8 raises the KV cache",
+        max_model_len=stack.max_model_len,
+        kv_cache_tokens=stack.kv_cache_tokens,
+    )

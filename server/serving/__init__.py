@@ -1,0 +1,1 @@
+"""Sequences: the story of one request, from open to closed."""

@@ -1,0 +1,44 @@
+"""Where the running engine stands: empty while it loads, filled when it serves, emptied when the server stops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from server.policy.refusals import NotReady
+
+if TYPE_CHECKING:  # importing the engine room imports vLLM, which takes seconds that the port does not wait for
+    from server.engine.stack import Stack
+
+_LOADING_RETRY_AFTER_S = 5.0
+
+
+class EngineSlot:
+    """Holds the stack that serves now, or the stage of its loading."""
+
+    def __init__(self) -> None:
+        self.stage = "starting"
+        self._stack: Stack | None = None
+
+    @property
+    def stack(self) -> Stack:
+        """The serving stack. Raises `NotReady` while there is none."""
+        if self._stack is None:
+            message = f"The model is not ready yet ({self.stage}). Please try again in a moment."
+            raise NotReady(message, retry_after_s=_LOADING_RETRY_AFTER_S)
+        return self._stack
+
+    @property
+    def ready(self) -> bool:
+        return self._stack is not None and self._stack.alive
+
+    def enter(self, stage: str) -> None:
+        """Tell how far loading has come."""
+        self.stage = stage
+
+    def fill(self, stack: Stack) -> None:
+        self._stack, self.stage = stack, "ready"
+
+    def empty(self, stage: str) -> Stack | None:
+        """Take the stack out; requests that still run on it keep it."""
+        stack, self._stack, self.stage = self._stack, None, stage
+        return stack

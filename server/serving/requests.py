@@ -1,0 +1,108 @@
+"""The requests that are open now: each is opened, known to whatever runs on its behalf, and closed.
+
+`current_request()` reaches the open request from deep inside vLLM, whose interfaces have no place for it.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.policy.refusals import Draining, Refusal
+
+_DRAIN_RETRY_AFTER_S = 5.0
+
+_current: ContextVar["OpenRequest | None"] = ContextVar("open_request", default=None)
+
+
+@dataclass(slots=True)
+class OpenRequest:
+    """One client request from its first byte to its last.
+
+    `producing` turns true when the engine has delivered the first output: from then on a refusal can no longer be
+    an HTTP status. `prompt_tokens` is the sum over its engine requests. `headers` are added to the answer's head.
+    `refusal` keeps the class of an error that vLLM's generators would turn into text. `running` holds the engine's
+    generators: vLLM does not close them when a stream is left early, so whoever takes one out of the set closes it.
+    """
+
+    request_id: str
+    path: str
+    producing: bool = False
+    client_left: bool = False
+    prompt_tokens: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    refusal: Refusal | None = None
+    running: set[AsyncGenerator[Any, None]] = field(default_factory=set)
+
+    async def close(self, generator: AsyncGenerator[Any, None]) -> None:
+        """Close one of `running`, once, whoever comes first."""
+        if generator in self.running:
+            self.running.discard(generator)
+            await generator.aclose()
+
+
+def current_request() -> OpenRequest | None:
+    """The request this code runs for, or None for work of the server's own."""
+    return _current.get()
+
+
+class OpenRequests:
+    """Counts open requests, and closes the door when the server drains."""
+
+    def __init__(self) -> None:
+        self._open: dict[asyncio.Task[Any], OpenRequest] = {}
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @asynccontextmanager
+    async def open(self, request: OpenRequest) -> AsyncIterator[OpenRequest]:
+        """Hold one request open. Raises `Draining` once the door is closed."""
+        if self._draining:
+            raise Draining(
+                "The server is restarting. Please try again in a moment.", retry_after_s=_DRAIN_RETRY_AFTER_S
+            )
+        task = asyncio.current_task()
+        assert task is not None
+        self._open[task] = request
+        self._idle.clear()
+        token = _current.set(request)
+        try:
+            yield request
+        except asyncio.CancelledError:
+            if request.refusal is not None and task.uncancel() == 0:  # ended by `end_all`, not by the client
+                raise request.refusal from None
+            raise
+        finally:
+            for generator in tuple(request.running):
+                await request.close(generator)
+            _current.reset(token)
+            del self._open[task]
+            if not self._open:
+                self._idle.set()
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take no new request and wait for the open ones. Returns how many are still open after `timeout_s`."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return len(self._open)
+        return 0
+
+    async def end_all(self, refusal: Refusal) -> None:
+        """End every open request with `refusal`, and wait until all of them have let go."""
+        for task, request in tuple(self._open.items()):
+            request.refusal = refusal
+            task.cancel()
+        await self._idle.wait()

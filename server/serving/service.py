@@ -1,0 +1,98 @@
+"""One client call from its validated envelope to the engine's reply: the rules before, the operation, the notes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from server.engine.calls import Call, Reply, StreamReply
+from server.policy.bodies import (
+    CLOSED_HEADERS,
+    MaxTokensDefaults,
+    refuse_closed_fields,
+    with_default_max_tokens,
+    without_free_tools,
+)
+from server.policy.refusals import Unsupported
+from server.serving.engine_slot import EngineSlot
+from server.serving.requests import OpenRequest, OpenRequests
+
+if TYPE_CHECKING:
+    from server.engine.stack import Stack
+
+log = structlog.get_logger(__name__)
+
+CHAT_ROUTE: Final = "/v1/chat/completions"
+RESPONSES_ROUTE: Final = "/v1/responses"
+# Where a request may leave its cap open, and the field that holds it.
+_CAP_FIELDS: Final[Mapping[str, str]] = {CHAT_ROUTE: "max_completion_tokens", RESPONSES_ROUTE: "max_output_tokens"}
+_TOOL_ROUTES: Final = frozenset(
+    {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/messages/count_tokens"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BodyRules:
+    """The operator's choices about bodies and headers."""
+
+    opened_fields: frozenset[str]
+    max_tokens: MaxTokensDefaults
+
+
+class Service:
+    """Answers calls on whichever stack serves now."""
+
+    def __init__(self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules) -> None:
+        self.slot = slot
+        self.requests = requests
+        self._rules = rules
+        closed = () if "headers" in rules.opened_fields else CLOSED_HEADERS
+        self._closed_headers = frozenset(name.encode() for name in closed)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a new request would be served."""
+        return self.slot.ready and not self.requests.draining
+
+    @property
+    def stage(self) -> str:
+        """What the server is doing, for a person who asks."""
+        return "draining" if self.requests.draining else self.slot.stage
+
+    async def model_cards(self) -> list[dict[str, Any]]:
+        """The served models and adapters as `/v1/models` lists them."""
+        reply = await self.answer(Call("GET", "/v1/models"), OpenRequest(request_id="", path="/v1/models"))
+        assert isinstance(reply, Reply)
+        cards: list[dict[str, Any]] = json.loads(reply.body)["data"]
+        return cards
+
+    async def answer(self, call: Call, request: OpenRequest) -> Reply | StreamReply:
+        """Apply the body rules and run the operation. Raises `Refusal`."""
+        stack = self.slot.stack
+        operation = stack.operation(call.method, call.route)
+        if operation is None:
+            message = f"The model `{stack.model_names[0]}` does not support {call.method} {call.route}."
+            raise Unsupported(message)
+        body = None if call.body is None else self._ruled(call, call.body, stack, request)
+        return await operation(replace(call, body=body, headers=self._headers(call, request)))
+
+    def _ruled(self, call: Call, body: dict[str, Any], stack: Stack, request: OpenRequest) -> dict[str, Any]:
+        refuse_closed_fields(body, self._rules.opened_fields)
+        if (field := _CAP_FIELDS.get(call.route)) is not None:
+            body = with_default_max_tokens(body, field, self._rules.max_tokens)
+        if call.route in _TOOL_ROUTES and not stack.renders_tools:
+            body, ignored = without_free_tools(body)
+            if ignored:
+                request.headers["x-tools-ignored"] = str(ignored)
+                log.info("tools ignored: the model has no tool template or parser", tools=ignored)
+        return body
+
+    def _headers(self, call: Call, request: OpenRequest) -> tuple[tuple[bytes, bytes], ...]:
+        """The client's headers without the closed ones, and with the request id that every log line carries."""
+        dropped = self._closed_headers | {b"x-request-id"}
+        kept = tuple(pair for pair in call.headers if pair[0] not in dropped)
+        return (*kept, (b"x-request-id", request.request_id.encode()))

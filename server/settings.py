@@ -1,0 +1,193 @@
+"""Every setting, from flag, environment (`TIDEGATE_*`) or TOML file, in that order of precedence.
+
+The same name everywhere: the field `max_body_mib` is `--max-body-mib`, `TIDEGATE_MAX_BODY_MIB` and `max_body_mib = 8`.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+ENV_PREFIX: Final = "TIDEGATE_"
+SETTINGS_FILE_ENV: Final = f"{ENV_PREFIX}SETTINGS"
+
+
+def _split(value: Any) -> Any:
+    """Several values in one environment variable are separated by commas."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+ClientField = Literal["kv_transfer_params", "cache_salt", "stream_interval", "vllm_xargs", "headers"]
+ClientFields = Annotated[tuple[ClientField, ...], NoDecode, BeforeValidator(_split)]
+
+
+class SettingsError(Exception):
+    """A setting that is unknown or wrong; the message is one sentence for the operator."""
+
+
+class Listen(BaseModel):
+    """Listening"""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    uds: str | None = Field(None, description="Unix socket to listen on instead of host and port.")
+    root_path: str = Field("", description="Path prefix that a proxy in front strips.")
+    ssl_keyfile: str | None = Field(None, description="TLS key file.")
+    ssl_certfile: str | None = Field(None, description="TLS certificate file.")
+    ssl_ca_certs: str | None = Field(None, description="CA file that client certificates are checked against.")
+    ssl_cert_reqs: int = Field(0, ge=0, le=2, description="0: no client certificate, 1: optional, 2: required.")
+    ssl_ciphers: str = Field("TLSv1", description="OpenSSL cipher string for TLS 1.2 and below.")
+    drain_timeout_s: float = Field(
+        30, ge=0, description="Seconds that running requests may take to finish on SIGTERM.",
+        json_schema_extra={"flag": "--drain-timeout"},
+    )  # fmt: skip
+
+
+class Access(BaseModel):
+    """Access"""
+
+    api_key: Strings = Field((), description="A key that clients may use; repeatable. None: open to all.")
+    allowed_origins: Strings = Field((), description="Browser origin allowed by CORS; repeatable, * for all.")
+    allowed_methods: Strings = Field(("*",), description="Methods allowed by CORS; repeatable.")
+    allowed_headers: Strings = Field(("*",), description="Headers allowed by CORS; repeatable.")
+    allow_credentials: bool = Field(False, description="Let browsers send credentials across origins.")
+    allow_client_field: ClientFields = Field(
+        (), description="Open an engine field to clients; repeatable. `headers` opens X-Vllm-Priority and its like."
+    )
+    developer_routes: bool = Field(False, description="Mount vLLM's developer and cluster routes.")
+    docs: bool = Field(
+        True, description="Serve /docs and /openapi.json.", json_schema_extra={"off": "--disable-fastapi-docs"}
+    )
+
+
+class Requests(BaseModel):
+    """Requests"""
+
+    max_body_mib: float = Field(64, gt=0, description="Largest request body in MiB.")
+    default_max_tokens: int | None = Field(
+        None, ge=1, description="Answer length for chats that name none. Unset: what the window leaves."
+    )
+    background_task_max_tokens: int | None = Field(
+        2048, ge=1, description="The same for a chat UI's own calls (titles, tags, follow-ups)."
+    )
+    keep_alive_s: float = Field(10, gt=0, description="Seconds a stream may wait before a comment keeps it alive.")
+
+
+class Logs(BaseModel):
+    """Logs"""
+
+    log_format: Literal["auto", "json", "pretty"] = Field("auto", description="auto: pretty at a terminal, else JSON.")
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(str.lower)] = Field(
+        "info", description="Least level logged, by the server and the engine."
+    )
+    access_log: bool = Field(
+        True, description="Log a line for each request.", json_schema_extra={"off": "--disable-uvicorn-access-log"}
+    )
+
+
+class Settings(Listen, Access, Requests, Logs, BaseSettings):
+    """The whole tree, frozen. Only the composition (`server/app.py`) sees it; rooms get their own small parts."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+
+    model: str | None = Field(None, description="Model folder or name. Unset: a small embedded chat model.")
+    vllm: dict[str, Any] = Field(default_factory=dict, description="vLLM flags in the settings file's [vllm] table.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # the base class names it
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @property
+    def vllm_flags(self) -> tuple[str, ...]:
+        """The `[vllm]` table as command-line flags."""
+        return tuple(flag for name, value in self.vllm.items() for flag in _as_flags(name, value))
+
+
+SECTIONS: Final[tuple[type[BaseModel], ...]] = (Listen, Access, Requests, Logs)
+
+
+def load_settings(flags: Mapping[str, Any], file: Path | None) -> Settings:
+    """Settings from the given flags, the environment and the file. Raises `SettingsError`."""
+    ours = (name for name in os.environ if name.startswith(ENV_PREFIX) and name != SETTINGS_FILE_ENV)
+    _refuse_unknown(ours, "environment variable", _env_name)
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=_checked(file))
+
+    try:
+        return FromFile(**flags)
+    except ValidationError as error:
+        raise SettingsError(_sentence(error)) from error
+
+
+def flag_name(field: str) -> str:
+    """The command-line flag of a field."""
+    return _extra(field, "flag") or f"--{field.replace('_', '-')}"
+
+
+def switch_off_alias(field: str) -> str | None:
+    """vLLM's own flag that turns a boolean field off, where it has one."""
+    return _extra(field, "off")
+
+
+def _extra(field: str, key: str) -> str | None:
+    extra = Settings.model_fields[field].json_schema_extra
+    return str(extra[key]) if isinstance(extra, dict) and key in extra else None
+
+
+def _env_name(field: str) -> str:
+    return f"{ENV_PREFIX}{field.upper()}"
+
+
+def _checked(file: Path | None) -> Path | None:
+    if file is None:
+        return None
+    try:
+        keys = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"The settings file {file} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The settings file {file} is not valid TOML: {error}.") from error
+    _refuse_unknown(keys, f"key in {file}", str)
+    return file
+
+
+def _refuse_unknown(names: Iterable[str], kind: str, spelled: Callable[[str], str]) -> None:
+    known = [spelled(field) for field in Settings.model_fields]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise SettingsError(f"Unknown {kind}: {name}.{f' Did you mean {near[0]}?' if near else ''}")
+
+
+def _sentence(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    field = str(problem["loc"][0])
+    return f"Wrong value for {flag_name(field)}: {problem['msg']} (given: {problem['input']!r})."
+
+
+def _as_flags(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    values = value if isinstance(value, list) else [value]
+    return [flag, *map(str, values)]

@@ -1,0 +1,1 @@
+"""Reports: logs and metrics. It never influences a request."""
