@@ -7,8 +7,8 @@ import difflib
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from dataclasses import dataclass, replace
+from typing import Final, NoReturn
 
 import psutil
 import structlog
@@ -16,12 +16,14 @@ import torch
 from transformers import PretrainedConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.parser import ParserManager
 from vllm.platforms import current_platform
+from vllm.tokenizers import TokenizerLike
 from vllm.transformers_utils.config import get_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from server.engine.chat_templates import read_chat_template
-from server.engine.parsers import ParserChoice, choose_parsers
+from server.engine.parsers import choose_parsers
 from server.engine.start_failures import StartFailure
 
 log = structlog.get_logger(__name__)
@@ -31,6 +33,9 @@ _GIB: Final = 1 << 30
 _CPU_KV_CACHE_SHARE: Final = 0.25
 _CPU_KV_CACHE_MAX_BYTES: Final = 4 * _GIB
 _AUTO_TENSOR_PARALLEL: Final = 0
+# Forced calls are made by the engine's grammar, on any model; vLLM wants a parser for them all the same, and this
+# one needs no tokens of its own.
+_FORCED_CALLS_PARSER: Final = "hermes"
 _AUTO_MAX_MODEL_LEN: Final = -1
 
 _REFUSED_FLAGS: Final[Mapping[str, str]] = {
@@ -46,10 +51,15 @@ _REFUSED_FLAGS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class EngineArguments:
-    """vLLM's parsed arguments with every open choice made, and why the parsers are what they are."""
+    """vLLM's parsed arguments with every open choice made.
+
+    `uses_tools`: the chat template shows tools to the model and a parser reads its calls. `parser_named`: by the
+    operator, so that it is not silently replaced.
+    """
 
     args: Namespace
-    parsers: ParserChoice
+    uses_tools: bool
+    parser_named: bool
 
 
 class _Parser(FlexibleArgumentParser):
@@ -113,12 +123,13 @@ def complete_arguments(args: Namespace) -> EngineArguments:
         args.tensor_parallel_size = _auto_tensor_parallel(text_config)
     if current_platform.is_cpu():
         _complete_cpu(args)
-    parsers = _complete_parsers(args, config)
+    parser_named = args.tool_call_parser is not None
+    uses_tools = _complete_parsers(args, config)
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
         raise StartFailure(str(error)) from error
-    return EngineArguments(args, parsers)
+    return EngineArguments(args, uses_tools, parser_named)
 
 
 def _model_config(args: Namespace) -> PretrainedConfig:
@@ -166,23 +177,40 @@ def cpu_ranks(cores: Sequence[int], ranks: int) -> str:
     return "|".join(",".join(map(str, group)) for group in groups)
 
 
-def _complete_parsers(args: Namespace, config: PretrainedConfig) -> ParserChoice:
-    template = read_chat_template(args.model, args.chat_template, args.revision)
+def _complete_parsers(args: Namespace, config: PretrainedConfig) -> bool:
+    """Choose the parsers that the operator did not name. Returns whether the model can use tools by itself."""
     choice = choose_parsers(
         model_type=getattr(config, "model_type", ""),
         architectures=getattr(config, "architectures", None) or (),
         model_name=args.model,
-        chat_template=template,
+        chat_template=read_chat_template(args.model, args.chat_template, args.revision),
     )
-    if args.tool_call_parser is None:
-        args.tool_call_parser = choice.tool_call_parser
-    args.enable_auto_tool_choice = args.tool_call_parser is not None
-    structured: Any = args.structured_outputs_config
-    args.reasoning_parser = args.reasoning_parser or structured.reasoning_parser or choice.reasoning_parser or ""
+    named_in_config = args.structured_outputs_config.reasoning_parser
+    args.reasoning_parser = args.reasoning_parser or named_in_config or choice.reasoning_parser or ""
+    named = args.tool_call_parser or choice.tool_call_parser
+    args.tool_call_parser = named or _FORCED_CALLS_PARSER
+    args.enable_auto_tool_choice = True
     log.info(
         "parsers chosen",
-        tool_call_parser=args.tool_call_parser,
+        tool_call_parser=named,
         reasoning_parser=args.reasoning_parser or None,
         because=choice.reason,
     )
-    return choice
+    return named is not None and choice.renders_tools
+
+
+def with_usable_parsers(arguments: EngineArguments, tokenizer: TokenizerLike) -> EngineArguments:
+    """The arguments without a tool parser that the tokenizer lacks the tokens for.
+
+    A fine-tune may have a family's template and not its vocabulary; plain chat beats a start that fails.
+    """
+    args = arguments.args
+    try:
+        ParserManager.get_parser(tool_parser_name=args.tool_call_parser, enable_auto_tools=True, tokenizer=tokenizer)
+    except TypeError as error:
+        if arguments.parser_named:
+            raise StartFailure(f"{error} Choose another with --tool-call-parser.") from error
+        log.warning("tools are off: the tokenizer does not fit the parser", parser=args.tool_call_parser)
+        args.tool_call_parser = _FORCED_CALLS_PARSER
+        return replace(arguments, uses_tools=False)
+    return arguments

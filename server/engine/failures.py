@@ -31,6 +31,8 @@ _ANTHROPIC_ERROR_FRAME: Final = "event: error\n"
 _MAX_REPORTED_ERRORS: Final = 3
 # vLLM repeats the field and its value at the end of a sentence; the error has a field for the first.
 _ECHO: Final = re.compile(r" \(parameter=[^)]*\)$")
+# "n must be at least 1, got -1.": the field at fault opens the sentence.
+_NAMED_FIELD: Final = re.compile(r"`?([a-z][a-z_]*)`? (?:must|cannot|should)\b")
 
 _CLASS_BY_STATUS: Final[Mapping[int, type[Refusal]]] = {
     HTTPStatus.BAD_REQUEST: InvalidRequest,
@@ -45,6 +47,8 @@ def from_error_body(body: Mapping[str, Any], status: int) -> Refusal:
     """The refusal in vLLM's error body (OpenAI's or Anthropic's shape)."""
     error = body.get("error", body)
     message, param = _ECHO.sub("", str(error.get("message", ""))), error.get("param")
+    if param is None and (named := _NAMED_FIELD.match(message)) is not None:
+        param = named[1]
     if status == HTTPStatus.BAD_REQUEST and any(phrase in message for phrase in _CONTEXT_LENGTH_PHRASES):
         return ContextLengthExceeded(message, param=param)
     if status == HTTPStatus.NOT_FOUND and message.startswith("The model"):

@@ -17,7 +17,7 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 
-from server.engine.arguments import EngineArguments, complete_arguments, parse_arguments
+from server.engine.arguments import EngineArguments, complete_arguments, parse_arguments, with_usable_parsers
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.engine.operations import Operation, OperationKey, collect_operations
 from server.engine.seams import SeamedEngine, Seams, open_renderer_seam
@@ -47,7 +47,7 @@ class Stack:
     model_names: tuple[str, ...]
     max_model_len: int
     kv_cache_tokens: int
-    renders_tools: bool
+    uses_tools: bool
 
     @property
     def alive(self) -> bool:
@@ -137,6 +137,7 @@ def _explained(error: Exception, args: Namespace, engine_error_log: Path) -> Sta
 
 
 async def _build_on(arguments: EngineArguments, engine: SeamedEngine, seams: Seams) -> Stack:
+    arguments = with_usable_parsers(arguments, engine.renderer.tokenizer)
     args, state = arguments.args, State()
     await engine.reset_mm_cache()  # vLLM does the same: dummy inputs of its memory profiling stay behind otherwise
     tasks = await engine.get_supported_tasks()
@@ -149,7 +150,7 @@ async def _build_on(arguments: EngineArguments, engine: SeamedEngine, seams: Sea
         model_names=tuple(args.served_model_name or [args.model]),
         max_model_len=config.model_config.max_model_len,
         kv_cache_tokens=config.cache_config.kv_cache_size_tokens or 0,
-        renders_tools=arguments.parsers.renders_tools and args.tool_call_parser is not None,
+        uses_tools=arguments.uses_tools,
     )
     _log_window(stack, asked=args.max_model_len)
     return stack

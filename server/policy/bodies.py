@@ -57,14 +57,33 @@ def with_default_max_tokens(body: Body, field: str, defaults: MaxTokensDefaults)
     return body if cap is None else {**body, field: cap}
 
 
-def without_free_tools(body: Body) -> tuple[Body, int]:
-    """The body without tools that the model may use as it likes, and how many were left out.
+def is_tool_call_forced(body: Mapping[str, Any]) -> bool:
+    """Whether the model has to call a tool. Anthropic spells OpenAI's choices as objects."""
+    choice = body.get("tool_choice")
+    return (choice.get("type") if isinstance(choice, dict) else choice) not in _FREE_TOOL_CHOICES
 
-    A forced tool call keeps its tools: the engine's grammar makes the arguments, not the chat template.
+
+def without_tools(body: Body) -> tuple[Body, int]:
+    """The body without its tools, and how many they were."""
+    tools = body.get("tools")
+    kept = {key: value for key, value in body.items() if key not in _TOOL_FIELDS}
+    return kept, len(tools) if isinstance(tools, list) else 0
+
+
+def with_strict_forced_tools(body: Body) -> Body:
+    """The body with its tools strict, if a call is forced: then the arguments keep to the schema.
+
+    vLLM's grammar leaves them free otherwise. A client that says `strict: false` gets just that.
     """
-    tools, choice = body.get("tools"), body.get("tool_choice")
-    if isinstance(choice, dict):  # Anthropic spells the same choices as objects
-        choice = choice.get("type")
-    if not isinstance(tools, list) or not tools or choice not in _FREE_TOOL_CHOICES:
-        return body, 0
-    return {key: value for key, value in body.items() if key not in _TOOL_FIELDS}, len(tools)
+    tools = body.get("tools")
+    if not is_tool_call_forced(body) or not isinstance(tools, list):
+        return body
+    return {**body, "tools": [_strict(tool) for tool in tools]}
+
+
+def _strict(tool: Any) -> Any:
+    if not isinstance(tool, dict):
+        return tool
+    if isinstance(function := tool.get("function"), dict):  # chat completions keep it one level down
+        return {**tool, "function": _strict(function)}
+    return {**tool, "strict": True} if tool.get("strict") is None else tool

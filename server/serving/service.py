@@ -13,9 +13,11 @@ from server.engine.calls import Call, Reply, StreamReply
 from server.policy.bodies import (
     CLOSED_HEADERS,
     MaxTokensDefaults,
+    is_tool_call_forced,
     refuse_closed_fields,
     with_default_max_tokens,
-    without_free_tools,
+    with_strict_forced_tools,
+    without_tools,
 )
 from server.policy.refusals import Unsupported
 from server.serving.engine_slot import EngineSlot
@@ -84,11 +86,15 @@ class Service:
         refuse_closed_fields(body, self._rules.opened_fields)
         if (field := _CAP_FIELDS.get(call.route)) is not None:
             body = with_default_max_tokens(body, field, self._rules.max_tokens)
-        if call.route in _TOOL_ROUTES and not stack.renders_tools:
-            body, ignored = without_free_tools(body)
-            if ignored:
-                request.headers["x-tools-ignored"] = str(ignored)
-                log.info("tools ignored: the model has no tool template or parser", tools=ignored)
+        return self._with_tool_rules(body, stack, request) if call.route in _TOOL_ROUTES else body
+
+    def _with_tool_rules(self, body: dict[str, Any], stack: Stack, request: OpenRequest) -> dict[str, Any]:
+        if stack.uses_tools or is_tool_call_forced(body):
+            return with_strict_forced_tools(body)
+        body, ignored = without_tools(body)
+        if ignored:
+            request.headers["x-tools-ignored"] = str(ignored)
+            log.info("tools ignored: the model has no tool template or parser", tools=ignored)
         return body
 
     def _headers(self, call: Call, request: OpenRequest) -> tuple[tuple[bytes, bytes], ...]:

@@ -1,0 +1,25 @@
+"""`python -m benchmarks` lists the benchmarks, `python -m benchmarks NAME` runs one."""
+
+import signal
+import sys
+
+import click
+
+from benchmarks import serving, start_up
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.pass_context
+def benchmarks(context: click.Context) -> None:
+    """Compare Tidegate with plain vLLM on this machine. `NAME --help` lists a benchmark's options."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+benchmarks.add_command(serving.command)
+benchmarks.add_command(start_up.command)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the contenders are ended
+    benchmarks.main(prog_name="python -m benchmarks")

@@ -1,0 +1,181 @@
+"""The servers that are compared, as child processes on free loopback ports.
+
+Both are up at the same time while the load alternates between them, A B B A A B ...: a server without requests uses
+next to no CPU, the turns of a pair lie seconds apart, and whatever else the machine does meets both alike. Starting
+each anew for its turn would put a minute between them, and a start's heat into the figures.
+
+By default vLLM binds an engine's threads to cores, the same ones for every engine; `nobind` lets each use all cores
+during its turn.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx
+import psutil
+
+PROJECT: Final = Path(__file__).resolve().parents[1]
+MODEL_NAME: Final = "bench"
+ENVIRONMENT: Final[Mapping[str, str]] = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+FLAGS: Final = ("--enforce-eager", "--max-model-len", "2048")
+
+_READY_TIMEOUT_S: Final = 600.0
+_STOP_TIMEOUT_S: Final = 60.0
+_LOG_TAIL_CHARS: Final = 3000
+# Plain vLLM refuses connections until it is ready, while Tidegate answers and pays for each question.
+_READY_POLL_S: Final = 0.1
+_LIVE_POLL_S: Final = 0.02
+
+
+class ContenderFailed(Exception):
+    """A server that did not start; the message has the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A server that can be compared. `live_path` is what it answers first."""
+
+    name: str
+    live_path: str
+    command: Callable[[str, int, Sequence[str]], list[str]]
+
+
+def _tidegate(model: str, port: int, flags: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "server", "serve", model, "--port", str(port), *flags]
+
+
+def _plain(model: str, port: int, flags: Sequence[str]) -> list[str]:
+    # What `vllm serve` runs; the console script itself does not work with the vllm-cpu distribution.
+    entry = "vllm.entrypoints.launchers.api_server.entry"
+    return [sys.executable, "-m", entry, "--model", model, "--host", "127.0.0.1", "--port", str(port), *flags]
+
+
+TIDEGATE: Final = Kind("tidegate", "/health/live", _tidegate)
+PLAIN: Final = Kind("plain", "/health", _plain)
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A server that was started. `started_s` is on the clock of `time.perf_counter`."""
+
+    name: str
+    url: str
+    process: subprocess.Popen[bytes]
+    log_file: Path
+    started_s: float
+    live_path: str
+
+    def wait_until_live(self) -> float:
+        """Seconds from the start to the first 200 of any kind."""
+        return self._wait(self.live_path, _LIVE_POLL_S)
+
+    def wait_until_ready(self) -> float:
+        """Seconds from the start to `/health` 200."""
+        return self._wait("/health", _READY_POLL_S)
+
+    def front_cpu_s(self) -> float:
+        """CPU seconds so far of the process that speaks HTTP."""
+        return _cpu_s(psutil.Process(self.process.pid))
+
+    def total_cpu_s(self) -> float:
+        """CPU seconds so far of all its processes."""
+        return sum(_cpu_s(member) for member in self._family())
+
+    def stop(self) -> None:
+        """End it as an operator would, then whatever is left of its processes."""
+        family = self._family()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_STOP_TIMEOUT_S)
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        self.process.wait()
+
+    def _family(self) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            front = psutil.Process(self.process.pid)
+            return [front, *front.children(recursive=True)]
+        return []
+
+    def _wait(self, path: str, poll_s: float) -> float:
+        with httpx.Client(base_url=self.url, timeout=_READY_TIMEOUT_S, trust_env=False) as client:
+            while not _answers(client, path):
+                if self.process.poll() is not None or time.perf_counter() - self.started_s > _READY_TIMEOUT_S:
+                    log = self.log_file.read_text(encoding="utf-8", errors="replace")
+                    raise ContenderFailed(f"{self.name} did not start:\n{log[-_LOG_TAIL_CHARS:]}")
+                time.sleep(poll_s)
+        return time.perf_counter() - self.started_s
+
+
+@contextmanager
+def started(kind: Kind, model: str, flags: Sequence[str]) -> Iterator[Contender]:
+    """A server of this kind, started but perhaps not ready; ended when the block is left."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        log_file, port = Path(folder) / "log", _free_port()
+        command = kind.command(model, port, [*FLAGS, "--served-model-name", MODEL_NAME, *flags])
+        with log_file.open("wb") as log:
+            started_s = time.perf_counter()
+            # A session of its own: Ctrl-C must not end the engines before this process has ended their servers.
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment(), cwd=PROJECT, start_new_session=True
+            )
+        contender = Contender(kind.name, f"http://127.0.0.1:{port}", process, log_file, started_s, kind.live_path)
+        try:
+            yield contender
+        finally:
+            contender.stop()
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, without settings of Tidegate, and with ours where it says nothing."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")}
+    return {**ENVIRONMENT, **own}
+
+
+def shown_settings(model: str, flags: Sequence[str]) -> dict[str, object]:
+    """What both contenders were given, for the report."""
+    given = environment()
+    return {
+        "model": Path(model).name,
+        "flags": [*FLAGS, *flags],
+        "environment": {name: given[name] for name in ENVIRONMENT},
+    }
+
+
+def _answers(client: httpx.Client, path: str) -> bool:
+    try:
+        return client.get(path).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,42 @@
+"""Fixtures that many tests share: one running engine for the whole session, and the models they serve."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
+from tests.live.running_server import RunningServer, start_server
+from tests.models.tiny_llama import make_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    return ensure_embedded_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_tools_model(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Path:
+    """A random-weight model whose chat template renders tools."""
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-tools", embedded_model, tools=True)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[RunningServer]:
+    """The embedded model on a real engine, shared by every test that does not stop it."""
+    del embedded_model  # there before the server looks for it
+    running = start_server(tmp_path_factory.mktemp("server"), "--block-size", "32")
+    running.wait_until_ready()
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def client(server: RunningServer) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="EMPTY", max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def model_name() -> str:
+    return EMBEDDED_MODEL_NAME

