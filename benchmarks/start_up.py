@@ -21,7 +21,7 @@ _NOTE: Final = "Plain vLLM has no liveness route and answers nothing before it i
 
 
 def run(options: Options) -> Comparison:
-    """Time from the start of the process to live, ready and the first answer, with the files in the page cache."""
+    """Time to live, to ready and to the first answer."""
     pairs = options.pairs or (_QUICK_PAIRS if options.quick else _PAIRS)
     first, second = options.kinds
     say("one start of each that does not count: it reads every file into the page cache")

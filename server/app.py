@@ -17,8 +17,10 @@ from server.api.errors import Dialect
 from server.api.middleware import Exchange
 from server.api.routes import operations_router, status_router
 from server.policy.bodies import MaxTokensDefaults
+from server.policy.context import TruncationPolicy
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
 from server.serving.engine_slot import EngineSlot
+from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Service
@@ -47,13 +49,14 @@ class Application:
 def build_application(settings: Settings, versions: Mapping[str, str]) -> Application:
     """Everything but the engine, which is loaded while this already answers."""
     slot, requests, figures = EngineSlot(), OpenRequests(), Metrics()
+    fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
     rules = BodyRules(
         opened_fields=frozenset(settings.allow_client_field),
         max_tokens=MaxTokensDefaults(
             chat=settings.default_max_tokens, background_task=settings.background_task_max_tokens
         ),
     )
-    service = Service(slot, requests, rules)
+    service = Service(slot, requests, rules, fitter)
     docs = settings.docs
     api = FastAPI(
         title="Tidegate",
@@ -77,7 +80,26 @@ def build_application(settings: Settings, versions: Mapping[str, str]) -> Applic
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation())
+    return Application(asgi, slot, requests, Generation(fitter))
+
+
+def _context_policy(settings: Settings) -> ContextPolicy:
+    truncation = TruncationPolicy(settings.context_truncation == "auto", settings.context_retention_ratio)
+    return ContextPolicy(truncation, settings.context_reserve_tokens)
+
+
+def _context_overrides(settings: Settings) -> dict[str, ContextPolicy]:
+    general = _context_policy(settings)
+    return {
+        name: ContextPolicy(
+            TruncationPolicy(
+                general.truncation.enabled if chosen.truncation is None else chosen.truncation == "auto",
+                chosen.retention_ratio or general.truncation.retention_ratio,
+            ),
+            chosen.reserve_tokens or general.reserve_tokens,
+        )
+        for name, chosen in settings.context_models.items()
+    }
 
 
 def _status(service: Service, versions: Mapping[str, str], figures: Metrics) -> Any:

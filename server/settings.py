@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -85,6 +85,33 @@ class Requests(BaseModel):
     keep_alive_s: float = Field(10, gt=0, description="Seconds a stream may wait before a comment keeps it alive.")
 
 
+class ContextOverride(BaseModel):
+    """The context settings of one served model or adapter; what is unset is as for all."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    truncation: Literal["auto", "disabled"] | None = None
+    retention_ratio: float | None = Field(None, gt=0, le=1)
+    reserve_tokens: int | None = Field(None, ge=1)
+
+
+class Context(BaseModel):
+    """Long chats"""
+
+    context_truncation: Literal["auto", "disabled"] = Field(
+        "auto", description="What happens to a chat that is longer than the window, unless the request says."
+    )
+    context_retention_ratio: float = Field(
+        0.8, gt=0, le=1, description="Share of the room that a cut leaves; lower cuts more and less often."
+    )
+    context_reserve_tokens: int | None = Field(
+        None, ge=1, description="Tokens kept free for the answer. Unset: 1,024, or a quarter of a small window."
+    )
+    context_count_cache_entries: int = Field(
+        200_000, ge=1, description="Messages whose token counts are remembered, at about 200 bytes each."
+    )
+
+
 class Logs(BaseModel):
     """Logs"""
 
@@ -97,12 +124,15 @@ class Logs(BaseModel):
     )
 
 
-class Settings(Listen, Access, Requests, Logs, BaseSettings):
+class Settings(Listen, Access, Requests, Context, Logs, BaseSettings):
     """The whole tree, frozen. Only the composition (`server/app.py`) sees it; rooms get their own small parts."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
 
     model: str | None = Field(None, description="Model folder or name. Unset: a small embedded chat model.")
+    context_models: dict[str, ContextOverride] = Field(
+        default_factory=dict, description="Context settings by served name, as tables [context_models.NAME]."
+    )
     vllm: dict[str, Any] = Field(default_factory=dict, description="vLLM flags in the settings file's [vllm] table.")
 
     @classmethod
@@ -122,7 +152,7 @@ class Settings(Listen, Access, Requests, Logs, BaseSettings):
         return tuple(flag for name, value in self.vllm.items() for flag in _as_flags(name, value))
 
 
-SECTIONS: Final[tuple[type[BaseModel], ...]] = (Listen, Access, Requests, Logs)
+SECTIONS: Final[tuple[type[BaseModel], ...]] = (Listen, Access, Requests, Context, Logs)
 
 
 def load_settings(flags: Mapping[str, Any], file: Path | None) -> Settings:

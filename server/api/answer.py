@@ -24,6 +24,7 @@ from server.engine.calls import Call, Frame, Reply, StreamReply
 from server.policy.refusals import GenerationFailed, Refusal
 from server.serving.requests import OpenRequest
 from server.serving.service import Service
+from server.serving.telling import told_body, told_frame
 
 log = structlog.get_logger(__name__)
 
@@ -95,10 +96,11 @@ class OwnedResponse(Response):
             raise GenerationFailed("Something went wrong on the server. Please try again.") from error
 
     async def _whole(self, reply: Reply, opened: OpenRequest) -> None:
-        headers = {**reply.headers, **opened.headers, "content-length": str(len(reply.body))}
+        body = told_body(reply.body, opened.edits) if opened.edits else reply.body
+        headers = {**reply.headers, **opened.headers, "content-length": str(len(body))}
         await self._start(200, reply.media_type, headers)
         self._client.finish()
-        await self._send({"type": "http.response.body", "body": reply.body})
+        await self._send({"type": "http.response.body", "body": body})
 
     async def _stream(self, reply: StreamReply, opened: OpenRequest) -> None:
         """Send frames as they come; the head goes with the first frame that the engine made.
@@ -112,7 +114,7 @@ class OwnedResponse(Response):
                 async for frame in frames:
                     if (refusal := reply.refusal_in(frame)) is not None:
                         raise refusal
-                    held.append(_bytes(frame))
+                    held.append(_bytes(told_frame(frame, opened.edits) if opened.edits else frame))
                     if not opened.producing:
                         continue
                     if not waiting.done():

@@ -47,6 +47,8 @@ def parse_json_object(raw: bytes, headers: Headers) -> dict[str, Any]:
         raise InvalidRequest(f"The body is not valid UTF-8 (byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error.msg} at character {error.pos}.") from error
+    except ValueError as error:  # a number with more digits than Python reads
+        raise InvalidRequest("The body holds a number that is too long.") from error
     except RecursionError as error:
         raise InvalidRequest("The body is nested too deeply.") from error
     if not isinstance(body, dict):

@@ -32,6 +32,7 @@ OPERATION_ROUTES: Final = (
     Route("POST", "/v1/messages", "anthropic"),
     Route("POST", "/v1/messages/count_tokens", "anthropic"),
     Route("GET", "/v1/models"),
+    Route("POST", "/v1/context/fit"),
     Route("POST", "/tokenize"),
     Route("POST", "/detokenize"),
     Route("GET", "/tokenizer_info"),

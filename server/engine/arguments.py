@@ -90,6 +90,7 @@ def parse_arguments(flags: Sequence[str]) -> Namespace:
         model=None,
         max_model_len=_AUTO_MAX_MODEL_LEN,
         tensor_parallel_size=_AUTO_TENSOR_PARALLEL,
+        enable_prompt_tokens_details=True,  # clients see how much of a prompt came from the prefix cache
         enforce_eager=current_platform.is_cpu(),  # compiling for a CPU takes longer than it gives back on start
     )
     args = parser.parse_args(_without_auto(flags))

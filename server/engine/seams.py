@@ -6,11 +6,12 @@ Both hand the work to a `Seams` object from the serving room, together with vLLM
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
+from cachetools import LRUCache
 from vllm.engine.protocol import StreamingInput
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 from vllm.inputs import EngineInput, PromptType
@@ -18,13 +19,27 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.parser import Parser
 from vllm.pooling_params import PoolingParams
-from vllm.renderers.chat_utils import ChatTemplateContentFormatOption, ConversationMessage
+from vllm.renderers import ChatParams, TokenizeParams
+from vllm.renderers.chat_utils import ChatTemplateContentFormatOption
 from vllm.renderers.inputs.preprocess import extract_prompt_len
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import SamplingParams
+from vllm.utils.mistral import is_mistral_tokenizer
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.kv_hints import KvHintsEnvelope
+
+from server.engine.conversations import (
+    Conversation,
+    Rendered,
+    TextPrompts,
+    materialized,
+    plain_prompts,
+    without_token_slicing,
+)
+from server.engine.counting import MessageCounter, Overheads, measure_overheads
+
+_TOOL_SETS_REMEMBERED: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +50,27 @@ class Demand:
     prompt_tokens: int
     max_tokens: int
     n: int
+    max_model_len: int
+
+    @property
+    def fills_window(self) -> bool:
+        """Whether `max_tokens` is all that the prompt leaves."""
+        return self.prompt_tokens + self.max_tokens >= self.max_model_len
 
 
 Output = TypeVar("Output")
 Outputs = Callable[[], AsyncGenerator[Output, None]]
-Rendered = tuple[list[ConversationMessage], list[EngineInput]]
-Render = Callable[[list[Any]], Awaitable[Rendered]]
 
 
 class Seams(Protocol):
     """What the serving room does at the two seams."""
 
-    async def render(self, messages: list[Any], render: Render) -> Rendered:
-        """Turn messages into tokens by calling `render`, once or more, with the messages to keep."""
+    async def render(self, conversation: Conversation) -> Rendered:
+        """Turn a history into tokens by rendering it, or what is to be kept of it."""
+        ...
+
+    async def render_text(self, prompts: TextPrompts) -> list[EngineInput]:
+        """Turn plain prompts into tokens."""
         ...
 
     def generate(self, demand: Demand, outputs: Outputs[Output]) -> AsyncGenerator[Output, None]:
@@ -59,6 +82,9 @@ class SeamedRenderer(OnlineRenderer):
     """vLLM's renderer with seam 1 in it. Made from a live one by `open_renderer_seam`."""
 
     seams: Seams
+    counter: MessageCounter
+    overheads: Overheads
+    tool_tokens: LRUCache[str, int]
 
     async def preprocess_chat(
         self,
@@ -86,19 +112,76 @@ class SeamedRenderer(OnlineRenderer):
                 skip_mm_cache=skip_mm_cache,
             )
 
-        if isinstance(request, TokenizeChatRequest):  # counts what was asked, never a fitted version of it
-            return await render(messages)
-        return await self.seams.render(messages, render)
+        async def bare_length(probe: list[dict[str, Any]], with_tools: bool) -> int:
+            params = request.build_chat_params(default_template, default_template_content_format)
+            kwargs = {
+                **(default_template_kwargs or {}),
+                "tools": tool_dicts if with_tools else None,
+                "tokenize": is_mistral_tokenizer(self.renderer.tokenizer),
+            }
+            return await self.bare_length(probe, params.with_defaults(kwargs))
+
+        conversation = Conversation(
+            messages=materialized(messages),
+            tools=tool_dicts or (),
+            max_model_len=self.model_config.max_model_len,
+            counter=self.counter,
+            overheads=self.overheads,
+            tool_tokens=self.tool_tokens,
+            bare_length=bare_length,
+            render_messages=without_token_slicing(request, render),
+            counts_only=isinstance(request, TokenizeChatRequest),
+        )
+        return await self.seams.render(conversation)
+
+    async def preprocess_completion(
+        self,
+        request: Any,
+        prompt_input: str | list[str] | list[int] | list[list[int]] | None,
+        prompt_embeds: bytes | list[bytes] | None,
+        *,
+        skip_mm_cache: bool = False,
+    ) -> list[EngineInput]:
+        parent = super().preprocess_completion
+
+        async def render_newest(limit: int | None) -> list[EngineInput]:
+            if limit is not None:
+                request.truncate_prompt_tokens, request.truncation_side = limit, "left"
+            return await parent(request, prompt_input, prompt_embeds, skip_mm_cache=skip_mm_cache)
+
+        window = self.model_config.max_model_len
+        return await self.seams.render_text(
+            TextPrompts(plain_prompts(prompt_input), window, self.counter, render_newest)
+        )
+
+    async def bare_length(self, messages: list[dict[str, Any]], params: ChatParams) -> int:
+        """The tokens of a conversation as the template prints it, without any limit or side effect."""
+        no_limit = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
+        _, (engine_input,) = await self.renderer.render_chat_async([messages], params, no_limit)
+        return len(engine_input["prompt_token_ids"])
 
 
-def open_renderer_seam(renderer: OnlineRenderer, seams: Seams) -> None:
-    """Put seam 1 into a renderer in place.
+async def open_renderer_seam(renderer: OnlineRenderer, seams: Seams, count_cache_entries: int) -> None:
+    """Put seam 1 into a renderer in place, and measure the chat template it renders with.
 
     vLLM builds its renderer inside `init_app_state` and hands that one object to every endpoint, so the object
     itself takes the subclass; a second object would leave the endpoints with the first.
     """
     renderer.__class__ = SeamedRenderer
+    assert isinstance(renderer, SeamedRenderer)
     renderer.seams = seams
+    renderer.counter = MessageCounter(renderer.renderer.tokenizer, count_cache_entries)
+    renderer.tool_tokens = LRUCache(_TOOL_SETS_REMEMBERED)
+    params = ChatParams(
+        chat_template=renderer.chat_template,
+        chat_template_content_format=renderer.chat_template_content_format,
+        chat_template_kwargs={
+            **renderer.default_chat_template_kwargs,
+            "add_generation_prompt": True,
+            "tokenize": is_mistral_tokenizer(renderer.renderer.tokenizer),
+        },
+    )
+    renderer.overheads = await measure_overheads(lambda probe: renderer.bare_length(probe, params), renderer.counter)
 
 
 class SeamedEngine(AsyncLLM):
@@ -123,7 +206,7 @@ class SeamedEngine(AsyncLLM):
         reasoning_ended: bool | None = None,
         reasoning_parser_kwargs: dict[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        demand = Demand(request_id, self._prompt_tokens(prompt), sampling_params.max_tokens or 0, sampling_params.n)
+        demand = self._demand(request_id, prompt, sampling_params.max_tokens or 0, sampling_params.n)
         outputs = partial(
             super().generate,
             prompt,
@@ -153,7 +236,7 @@ class SeamedEngine(AsyncLLM):
         tokenization_kwargs: dict[str, Any] | None = None,
         reasoning_ended: bool | None = None,
     ) -> AsyncGenerator[PoolingRequestOutput, None]:
-        demand = Demand(request_id, self._prompt_tokens(prompt), max_tokens=0, n=1)
+        demand = self._demand(request_id, prompt, max_tokens=0, n=1)
         outputs = partial(
             super().encode,
             prompt,
@@ -166,6 +249,9 @@ class SeamedEngine(AsyncLLM):
             reasoning_ended=reasoning_ended,
         )
         return self.seams.generate(demand, outputs)
+
+    def _demand(self, request_id: str, prompt: Any, max_tokens: int, n: int) -> Demand:
+        return Demand(request_id, self._prompt_tokens(prompt), max_tokens, n, self.model_config.max_model_len)
 
     def _prompt_tokens(self, prompt: Any) -> int:
         """The exact prompt length, or 0 where vLLM has not tokenized yet (raw text, streamed input)."""

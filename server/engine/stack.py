@@ -36,6 +36,7 @@ class StackRequest:
     vllm_flags: tuple[str, ...]
     logging_config: Path
     engine_error_log: Path
+    count_cache_entries: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ async def build_stack(request: StackRequest, seams: Seams, stage: Stage) -> Stac
     """
     arguments, engine = await asyncio.to_thread(_build_engine, request, seams, stage)
     stage("warming up")
-    return await _build_on(arguments, engine, seams)
+    return await _build_on(arguments, engine, seams, request.count_cache_entries)
 
 
 def _build_engine(request: StackRequest, seams: Seams, stage: Stage) -> tuple[EngineArguments, SeamedEngine]:
@@ -136,13 +137,13 @@ def _explained(error: Exception, args: Namespace, engine_error_log: Path) -> Sta
     return explain(error, words, context)
 
 
-async def _build_on(arguments: EngineArguments, engine: SeamedEngine, seams: Seams) -> Stack:
+async def _build_on(arguments: EngineArguments, engine: SeamedEngine, seams: Seams, count_cache_entries: int) -> Stack:
     arguments = with_usable_parsers(arguments, engine.renderer.tokenizer)
     args, state = arguments.args, State()
     await engine.reset_mm_cache()  # vLLM does the same: dummy inputs of its memory profiling stay behind otherwise
     tasks = await engine.get_supported_tasks()
     await init_app_state(engine, state, args, tasks)
-    open_renderer_seam(state.online_renderer, seams)
+    await open_renderer_seam(state.online_renderer, seams, count_cache_entries)
     config = engine.vllm_config
     stack = Stack(
         engine=engine,

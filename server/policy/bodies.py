@@ -57,6 +57,18 @@ def with_default_max_tokens(body: Body, field: str, defaults: MaxTokensDefaults)
     return body if cap is None else {**body, field: cap}
 
 
+def with_possible_max_tokens(body: Body, max_model_len: int) -> tuple[Body, int | None]:
+    """The body with a cap that no window could hold lowered to the window, and the cap that was asked for."""
+    asked: int | None = None
+    for field in _MAX_TOKENS_FIELDS:
+        value = body.get(field)
+        if isinstance(value, int) and not isinstance(value, bool):
+            asked = value if asked is None else asked
+            if value > max_model_len:
+                body = {**body, field: max_model_len}
+    return body, asked
+
+
 def is_tool_call_forced(body: Mapping[str, Any]) -> bool:
     """Whether the model has to call a tool. Anthropic spells OpenAI's choices as objects."""
     choice = body.get("tool_choice")

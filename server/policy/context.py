@@ -1,16 +1,15 @@
 """Decides which messages of a chat history the model gets to see, so that every history fits its context window.
 
 Three words carry the rules. The *head* is the leading run of system and developer messages: it always stays. A *turn*
-is what the user says (users in a row speak once) and all that follows until the user speaks again; a system or
-developer message belongs to the turn it stands in, or, where it stands directly before a user message, to the turn
-which that message opens. A *unit* is an assistant message with every result of its tool calls, wherever those stand.
+is a user message and all that follows until the next one; a system or developer message belongs to the turn it stands
+in, or, where it stands directly before a user message, to the turn which that message opens. A *unit* is an assistant
+message with every result of its tool calls, wherever those stand.
 
 Turns go oldest first and whole. The last turn stays; only if it alone is too long do its units go, oldest first.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, Final
 
 from server.policy.refusals import ContextLengthExceeded, InvalidRequest
@@ -22,9 +21,6 @@ BUDGET_FACTORS: Final = (1.0, 0.5)
 _HEAD: Final = -1
 _NO_UNIT: Final = -1
 _INSTRUCTING_ROLES: Final = frozenset({"system", "developer"})
-_ASKING_ROLES: Final = _INSTRUCTING_ROLES | {"user"}
-
-AppliedEdit = dict[str, str | int]
 
 
 class OrphanToolResult(InvalidRequest):
@@ -155,13 +151,17 @@ def lay_out(messages: Sequence[MessageView]) -> Layout:
 def _turns(messages: Sequence[MessageView], head: int) -> tuple[list[int], list[int]]:
     """The turn in which each message stands, and for each turn the number of units before it."""
     turns, first_units, units = [_HEAD] * head, list[int](), 0
-    for _, run in groupby(messages[head:], lambda message: message.role in _ASKING_ROLES):
-        roles = [message.role for message in run]
-        if not first_units or "user" in roles:
+    waiting = 0  # instructions whose turn is known with the next message
+    for message in messages[head:]:
+        if message.role in _INSTRUCTING_ROLES:
+            waiting += 1
+            continue
+        if message.role == "user" or not first_units:
             first_units.append(units)
-        turns += [len(first_units) - 1] * len(roles)
-        units += roles.count("assistant")
-    return turns, first_units
+        turns += [len(first_units) - 1] * (waiting + 1)
+        units += message.role == "assistant"
+        waiting = 0
+    return turns + [len(first_units) - 1] * waiting, first_units
 
 
 def _units(messages: Sequence[MessageView]) -> tuple[list[int], list[int]]:
@@ -254,12 +254,13 @@ class Fit:
 
 
 def plan_fit(layout: Layout, tokens: Sequence[int], window: Window, retention_ratio: float) -> Fit:
-    """Cut a history to its budget so that the next request finds its prefix in the cache; raises `LastTurnTooLong`.
+    """Cut a history to its budget so that the next request finds its prefix in the cache.
 
     `tokens[i]` estimates the rendered cost of message i. The cut follows OpenAI Realtime's `retention_ratio`: each time
     the model was asked (before every assistant message, and now) and the messages kept were over the budget, oldest
     ones go until at most that share of it is left. It is a fold over the history the client sends again, so every
-    replica finds the same cut without remembering it, and appending messages never brings a dropped one back.
+    replica finds the same cut without remembering it, and appending messages never brings a dropped one back. What may
+    not be dropped can still be over the window: the render tells, since estimates may be too high.
     """
     head_tokens = sum(tokens[: layout.head])
     running = _RunningWindow(layout, window, head_tokens, retention_ratio)
@@ -269,10 +270,7 @@ def plan_fit(layout: Layout, tokens: Sequence[int], window: Window, retention_ra
         if i >= layout.head:
             running.append(i, count)
     running.shed(len(layout.messages))
-    fit = _fit_at(running.turn, running.unit, layout, tokens, window)
-    if fit.kept_tokens > window.max_prompt_tokens:
-        raise LastTurnTooLong(fit.kept_tokens, window)
-    return fit
+    return _fit_at(running.turn, running.unit, layout, tokens, window)
 
 
 def drop_one_more(fit: Fit, layout: Layout, tokens: Sequence[int], window: Window, rendered_tokens: int) -> Fit:
@@ -357,43 +355,6 @@ class _RunningWindow:
         self.unit += 1
 
 
-def clamp_max_tokens(requested: int | None, prompt_tokens: int, max_model_len: int) -> tuple[int, bool]:
-    """The `max_tokens` that fits after the prompt, and whether the client asked for more (`None` asks for what fits).
-
-    Clamped, not refused (vLLM issue 42474). 0 means that the prompt itself fills the window.
-    """
-    room = max(0, max_model_len - prompt_tokens)
-    effective = room if requested is None else min(requested, room)
-    return effective, requested is not None and effective < requested
-
-
 def keep_newest(token_count: int, budget: int) -> int:
     """How many of a plain prompt's oldest tokens to drop: text without turns has no better place to cut."""
     return max(0, token_count - budget)
-
-
-@dataclass(frozen=True, slots=True)
-class Edits:
-    """What was changed in a request, as its client is told. `max_tokens` is (asked for, granted) where clamped."""
-
-    dropped_messages: int = 0
-    dropped_tokens: int = 0
-    max_tokens: tuple[int, int] | None = None
-
-    def truncation_header(self) -> str | None:
-        """The value of `x-context-truncated`, or `None` when nothing was dropped."""
-        if not self.dropped_tokens and not self.dropped_messages:
-            return None
-        return f"messages={self.dropped_messages}, tokens={self.dropped_tokens}"
-
-    def applied(self) -> list[AppliedEdit]:
-        """The list `context_management.applied_edits`; a plain prompt loses tokens, not turns."""
-        edits: list[AppliedEdit] = []
-        if self.dropped_messages:
-            counts: AppliedEdit = {"dropped_messages": self.dropped_messages, "dropped_tokens": self.dropped_tokens}
-            edits.append({"type": "drop_turns", **counts})
-        elif self.dropped_tokens:
-            edits.append({"type": "drop_tokens", "dropped_tokens": self.dropped_tokens})
-        if self.max_tokens:
-            edits.append({"type": "clamp_max_tokens", "from": self.max_tokens[0], "to": self.max_tokens[1]})
-        return edits

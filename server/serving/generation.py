@@ -1,39 +1,48 @@
 """The story of one generation: the file to read to know what the server does between tokens and outputs."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, Protocol, TypeVar
+from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from server.policy.edits import Edits
 from server.policy.refusals import Refusal
+from server.serving.fitting import HistoryFitter
 from server.serving.requests import OpenRequest, current_request
 
+if TYPE_CHECKING:
+    from server.engine.conversations import Conversation, Rendered, TextPrompts
+    from server.engine.seams import Demand
+
 Output = TypeVar("Output")
-Rendered = TypeVar("Rendered")
-
-
-class EngineDemand(Protocol):
-    """What an engine request asks for, in exact tokens."""
-
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def max_tokens(self) -> int: ...
-    @property
-    def n(self) -> int: ...
 
 
 class Generation:
     """What happens at the engine's two seams, for every endpoint alike."""
 
-    async def render(self, messages: list[Any], render: Callable[[list[Any]], Awaitable[Rendered]]) -> Rendered:
+    def __init__(self, fitter: HistoryFitter) -> None:
+        self._fitter = fitter
+
+    async def render(self, conversation: Conversation) -> Rendered:
         """Seam 1: messages become tokens."""
-        return await render(messages)
+        request = _request()
+        try:
+            return await self._fitter.render(conversation, request)
+        except Refusal as refusal:
+            request.refusal = refusal
+            raise
+
+    async def render_text(self, prompts: TextPrompts) -> list[Any]:
+        """Seam 1 for plain prompts."""
+        return await self._fitter.render_text(prompts, _request())
 
     async def generate(
-        self, demand: EngineDemand, outputs: Callable[[], AsyncGenerator[Output, None]]
+        self, demand: Demand, outputs: Callable[[], AsyncGenerator[Output, None]]
     ) -> AsyncGenerator[Output, None]:
         """Seam 2: tokens become outputs. Leaving it closes the engine's generator, which frees its KV blocks."""
-        request = current_request() or OpenRequest(request_id="", path="")  # the server's own work has no client
+        request = _request()
         request.prompt_tokens += demand.prompt_tokens
+        _note_clamp(demand, request)
         running = outputs()
         request.running.add(running)
         try:
@@ -45,3 +54,14 @@ class Generation:
             raise
         finally:
             await request.close(running)
+
+
+def _request() -> OpenRequest:
+    return current_request() or OpenRequest(request_id="", path="")  # the server's own work has no client
+
+
+def _note_clamp(demand: Demand, request: OpenRequest) -> None:
+    """vLLM lowers `max_tokens` to what the window leaves, and says nothing."""
+    asked, granted = request.asked_max_tokens, demand.max_tokens
+    if asked is not None and granted < asked and demand.fills_window:
+        request.edited(Edits(max_tokens=(asked, granted)))

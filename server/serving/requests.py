@@ -3,18 +3,33 @@
 `current_request()` reaches the open request from deep inside vLLM, whose interfaces have no place for it.
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from server.policy.context import TruncationPolicy
+from server.policy.edits import NO_EDITS, Edits
 from server.policy.refusals import Draining, Refusal
+
+if TYPE_CHECKING:
+    from server.serving.fitting import FitReport
 
 _DRAIN_RETRY_AFTER_S = 5.0
 
-_current: ContextVar["OpenRequest | None"] = ContextVar("open_request", default=None)
+
+@dataclass(slots=True)
+class DryRun:
+    """Asks seam 1 to fit whatever is rendered for this request, and to leave a report."""
+
+    report: FitReport | None = None
+
+
+_current: ContextVar[OpenRequest | None] = ContextVar("open_request", default=None)
 
 
 @dataclass(slots=True)
@@ -25,6 +40,7 @@ class OpenRequest:
     an HTTP status. `prompt_tokens` is the sum over its engine requests. `headers` are added to the answer's head.
     `refusal` keeps the class of an error that vLLM's generators would turn into text. `running` holds the engine's
     generators: vLLM does not close them when a stream is left early, so whoever takes one out of the set closes it.
+    `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
     """
 
     request_id: str
@@ -34,7 +50,18 @@ class OpenRequest:
     prompt_tokens: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     refusal: Refusal | None = None
+    model: str | None = None
+    truncation: TruncationPolicy | None = None
+    asked_max_tokens: int | None = None
+    edits: Edits = NO_EDITS
+    dry_run: DryRun | None = None
     running: set[AsyncGenerator[Any, None]] = field(default_factory=set)
+
+    def edited(self, edits: Edits) -> None:
+        """Note what was changed in the request, for the answer's head and body. A batch call adds up."""
+        self.edits = self.edits + edits
+        if (header := self.edits.header()) is not None:
+            self.headers["x-context-truncated"] = header
 
     async def close(self, generator: AsyncGenerator[Any, None]) -> None:
         """Close one of `running`, once, whoever comes first."""

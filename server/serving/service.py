@@ -16,22 +16,35 @@ from server.policy.bodies import (
     is_tool_call_forced,
     refuse_closed_fields,
     with_default_max_tokens,
+    with_possible_max_tokens,
     with_strict_forced_tools,
     without_tools,
 )
+from server.policy.context import parse_truncation
 from server.policy.refusals import Unsupported
 from server.serving.engine_slot import EngineSlot
-from server.serving.requests import OpenRequest, OpenRequests
+from server.serving.fitting import HistoryFitter, described
+from server.serving.requests import DryRun, OpenRequest, OpenRequests
 
 if TYPE_CHECKING:
     from server.engine.stack import Stack
 
 log = structlog.get_logger(__name__)
 
+CONTEXT_FIT_ROUTE: Final = "/v1/context/fit"
 CHAT_ROUTE: Final = "/v1/chat/completions"
 RESPONSES_ROUTE: Final = "/v1/responses"
 # Where a request may leave its cap open, and the field that holds it.
 _CAP_FIELDS: Final[Mapping[str, str]] = {CHAT_ROUTE: "max_completion_tokens", RESPONSES_ROUTE: "max_output_tokens"}
+_COUNT_ROUTE: Final = "/v1/messages/count_tokens"
+_FITTED_ROUTES: Final = frozenset(
+    {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/completions", "/tokenize"}
+)
+# What of a chat request decides its prompt.
+_RENDERED_FIELDS: Final = frozenset(
+    {"model", "messages", "tools", "truncation", "chat_template", "chat_template_kwargs", "add_generation_prompt",
+     "continue_final_message", "add_special_tokens", "media_io_kwargs", "mm_processor_kwargs"}
+)  # fmt: skip
 _TOOL_ROUTES: Final = frozenset(
     {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/messages/count_tokens"}
 )
@@ -48,10 +61,11 @@ class BodyRules:
 class Service:
     """Answers calls on whichever stack serves now."""
 
-    def __init__(self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules) -> None:
+    def __init__(self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules, fitter: HistoryFitter) -> None:
         self.slot = slot
         self.requests = requests
         self._rules = rules
+        self._fitter = fitter
         closed = () if "headers" in rules.opened_fields else CLOSED_HEADERS
         self._closed_headers = frozenset(name.encode() for name in closed)
 
@@ -74,6 +88,8 @@ class Service:
 
     async def answer(self, call: Call, request: OpenRequest) -> Reply | StreamReply:
         """Apply the body rules and run the operation. Raises `Refusal`."""
+        if call.route == CONTEXT_FIT_ROUTE:
+            return await self._context_fit(call, request)
         stack = self.slot.stack
         operation = stack.operation(call.method, call.route)
         if operation is None:
@@ -82,11 +98,36 @@ class Service:
         body = None if call.body is None else self._ruled(call, call.body, stack, request)
         return await operation(replace(call, body=body, headers=self._headers(call, request)))
 
+    async def _context_fit(self, call: Call, request: OpenRequest) -> Reply:
+        """What fitting a chat would keep and drop, without generating anything."""
+        request.dry_run = dry_run = DryRun()
+        wanted = {key: value for key, value in (call.body or {}).items() if key in _RENDERED_FIELDS}
+        await self.answer(replace(call, route="/tokenize", body=wanted), request)
+        if dry_run.report is None:
+            raise Unsupported("This model's histories are not fitted.")
+        return Reply(json.dumps(described(dry_run.report)).encode(), "application/json")
+
     def _ruled(self, call: Call, body: dict[str, Any], stack: Stack, request: OpenRequest) -> dict[str, Any]:
         refuse_closed_fields(body, self._rules.opened_fields)
+        model = body.get("model")
+        request.model = model if isinstance(model, str) else None
+        body = self._with_truncation(call.route, body, request)
         if (field := _CAP_FIELDS.get(call.route)) is not None:
             body = with_default_max_tokens(body, field, self._rules.max_tokens)
+        body, request.asked_max_tokens = with_possible_max_tokens(body, stack.max_model_len)
         return self._with_tool_rules(body, stack, request) if call.route in _TOOL_ROUTES else body
+
+    def _with_truncation(self, route: str, body: dict[str, Any], request: OpenRequest) -> dict[str, Any]:
+        """Take `truncation` for seam 1; only responses have a field of that name in vLLM."""
+        default = self._fitter.policy_of(request.model).truncation
+        asked = body.get("truncation")
+        if asked is not None and (route in _FITTED_ROUTES):
+            request.truncation = parse_truncation(asked, default)
+        elif route == _COUNT_ROUTE:
+            request.truncation = replace(default, enabled=False)
+        if asked is None or (route == RESPONSES_ROUTE and isinstance(asked, str)):
+            return body
+        return {key: value for key, value in body.items() if key != "truncation"}
 
     def _with_tool_rules(self, body: dict[str, Any], stack: Stack, request: OpenRequest) -> dict[str, Any]:
         if stack.uses_tools or is_tool_call_forced(body):

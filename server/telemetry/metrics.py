@@ -5,6 +5,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # A generation takes from some milliseconds (a refusal) to many minutes (a long answer on a busy server).
 _DURATION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_FIT_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 class Metrics:
@@ -20,6 +21,36 @@ class Metrics:
             "tidegate_http_request_duration_seconds", "Time from a request's first byte to its answer's last",
             ("method", "route"), buckets=_DURATION_BUCKETS_S, registry=registry,
         )  # fmt: skip
+
+        self._truncated_requests = Counter(
+            "tidegate_context_truncated_requests_total", "Prompts that lost messages or tokens", registry=registry
+        )
+        self._dropped_messages = Counter(
+            "tidegate_context_dropped_messages_total", "Messages left out of prompts", registry=registry
+        )
+        self._dropped_tokens = Counter(
+            "tidegate_context_dropped_tokens_total", "Tokens left out of prompts", registry=registry
+        )
+        self._counted = Counter(
+            "tidegate_context_counted_messages_total", "Messages counted, by where the count came from", ("source",),
+            registry=registry,
+        )  # fmt: skip
+        self._fit_duration = Histogram(
+            "tidegate_context_fit_duration_seconds", "Counting and planning of histories that do not fit by length",
+            buckets=_FIT_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+
+    def truncated(self, messages: int, tokens: int) -> None:
+        """A prompt was cut."""
+        self._truncated_requests.inc()
+        self._dropped_messages.inc(messages)
+        self._dropped_tokens.inc(tokens)
+
+    def fitted(self, duration_s: float, cached: int, counted: int) -> None:
+        """A history was counted, so many of its messages from the cache, and planned."""
+        self._fit_duration.observe(duration_s)
+        self._counted.labels("cache").inc(cached)
+        self._counted.labels("tokenizer").inc(counted)
 
     def http_request(self, method: str, route: str, status: int, duration_s: float) -> None:
         self._http_requests.labels(method, route, str(status)).inc()

@@ -105,7 +105,9 @@ def test_anthropic_messages_answer_and_fail_in_their_own_shape(server: RunningSe
     assert wrong.json()["type"] == "error"
     assert wrong.json()["error"]["type"] == "not_found_error"
     counted = _post(server, "/v1/messages/count_tokens", json=asked).json()
-    assert counted["input_tokens"] == answer["usage"]["input_tokens"]
+    usage = answer["usage"]
+    seen = usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["cache_creation_input_tokens"]
+    assert counted["input_tokens"] == seen
 
 
 def test_tokens_survive_the_way_there_and_back(server: RunningServer) -> None:

@@ -1,0 +1,139 @@
+"""Seam 1's conversation: a chat history on its way to tokens, with all that fitting it needs to know."""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cachetools import LRUCache
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import EngineInput
+from vllm.renderers.chat_utils import ConversationMessage
+
+from server.engine.counting import MessageCounter, Overheads, has_media, message_text, text_bytes
+from server.policy.refusals import ContextLengthExceeded
+
+Rendered = tuple[list[ConversationMessage], list[EngineInput]]
+RenderMessages = Callable[[list[Any]], Awaitable[Rendered]]
+_TOO_LONG_PARAMETERS = frozenset({"input_tokens", "input_text"})
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Estimated prompt tokens: per message, and for all that is not a message (tool schemas, the template's own)."""
+
+    messages: list[int]
+    fixed: int
+    newly_counted: int  # messages that were not in the count cache
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One chat history and the ways to measure and to render it. `bare_length` renders one message and counts."""
+
+    messages: list[dict[str, Any]]
+    tools: Sequence[Mapping[str, Any]]
+    max_model_len: int
+    counter: MessageCounter
+    overheads: Overheads
+    tool_tokens: LRUCache[str, int]
+    bare_length: Callable[[list[dict[str, Any]], bool], Awaitable[int]]
+    render_messages: RenderMessages
+    counts_only: bool  # asked how long it is: never to be fitted
+
+    def most_bytes(self) -> int | None:
+        """The UTF-8 length of everything that is printed, or None where media make it meaningless."""
+        total = len(json.dumps(self.tools, indent=4)) if self.tools else 0
+        for message in self.messages:
+            if (length := text_bytes(message)) is None:
+                return None
+            total += length
+        return total
+
+    async def costs(self) -> Costs:
+        """Estimates on the high side; see `server/engine/counting.py`."""
+        counts, new = await self.counter.count_and_tell([message_text(message) for message in self.messages])
+        for i, message in enumerate(self.messages):
+            if has_media(message):
+                counts[i] = max(counts[i], await self._media_tokens(message))
+        roles = (message.get("role", "") for message in self.messages)
+        each = [count + self.overheads.of(role) for count, role in zip(counts, roles, strict=True)]
+        return Costs(each, self.overheads.prompt + await self._tool_tokens(), new)
+
+    async def _media_tokens(self, message: dict[str, Any]) -> int:
+        """A message with media costs what it costs alone: placeholders are as long there as anywhere."""
+        return await self.bare_length([{"role": "user", "content": message["content"]}], False)
+
+    async def _tool_tokens(self) -> int:
+        """What the tool schemas add to a prompt, measured once for each set of tools."""
+        if not self.tools:
+            return 0
+        key = json.dumps(self.tools, sort_keys=True)
+        if key not in self.tool_tokens:
+            probe = [{"role": "user", "content": "a"}]
+            self.tool_tokens[key] = await self.bare_length(probe, True) - await self.bare_length(probe, False)
+        return self.tool_tokens[key]
+
+    async def render(self, kept: list[dict[str, Any]]) -> Rendered:
+        """The tokens of the messages kept. Raises `ContextLengthExceeded` when they are too long."""
+        try:
+            return await self.render_messages(kept)
+        except VLLMValidationError as error:
+            if error.parameter in _TOO_LONG_PARAMETERS:
+                raise ContextLengthExceeded(str(error.args[0]), param="messages") from error
+            raise
+
+    @staticmethod
+    def prompt_tokens(rendered: Rendered) -> int:
+        """The length of a rendered prompt, in tokens."""
+        (engine_input,) = rendered[1]
+        return len(engine_input["prompt_token_ids"])
+
+
+def without_token_slicing(request: Any, render: RenderMessages) -> RenderMessages:
+    """Responses with `truncation: auto` would be sliced by token inside vLLM; the history is fitted before."""
+    if not isinstance(request, ResponsesRequest):
+        return render
+
+    async def sliced_never(kept: list[Any]) -> Rendered:
+        asked, request.truncation = request.truncation, "disabled"
+        try:
+            return await render(kept)
+        finally:
+            request.truncation = asked
+
+    return sliced_never
+
+
+def materialized(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with lists where pydantic left iterators, which can be read only once."""
+    for message in messages:
+        for field in ("content", "tool_calls"):
+            value = message.get(field)
+            if value is not None and not isinstance(value, str | list | dict):
+                message[field] = list(value)
+    return messages
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompts:
+    """The plain prompts of one completions request. `render_newest` keeps at most so many tokens of each."""
+
+    prompts: list[Any]  # texts, or lists of token ids
+    max_model_len: int
+    counter: MessageCounter
+    render_newest: Callable[[int | None], Awaitable[list[EngineInput]]]
+
+    async def lengths(self) -> list[int]:
+        """The tokens of each prompt."""
+        texts = [prompt for prompt in self.prompts if isinstance(prompt, str)]
+        counts = iter(await self.counter.count(texts))
+        return [next(counts) if isinstance(prompt, str) else len(prompt) for prompt in self.prompts]
+
+
+def plain_prompts(given: str | list[Any] | None) -> list[Any]:
+    """A completions `prompt` in its four forms as a list of prompts."""
+    if given is None:
+        return []
+    return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given

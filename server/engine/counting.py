@@ -1,0 +1,139 @@
+"""Counts what each message of a history costs in tokens, without rendering the history.
+
+A message costs the tokens of its text plus what the chat template prints around it. The first part is cached by
+content, since chat clients send the same messages again with every turn; the second is measured once per role, on the
+template itself. The sum is an estimate on the high side: templates may drop text (earlier reasoning), and never add.
+"""
+
+import asyncio
+import copy
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cachetools import LRUCache
+from vllm.renderers.chat_utils import has_non_text_content
+from vllm.tokenizers import TokenizerLike
+
+RenderLength = Callable[[list[dict[str, Any]]], Awaitable[int]]
+
+_FALLBACK_OVERHEAD_TOKENS: Final = 16
+_PROBE: Final = "a"
+_TOKENS_OF_MERGING: Final = 1  # at the seams of a template two pieces of text can split differently than alone
+_PLAIN_MESSAGE_FIELDS: Final = 2  # role and content
+_MESSAGE_TEXT_FIELDS: Final = ("content", "reasoning", "reasoning_content", "refusal", "name")
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """Tokens that a template prints: around one message by role, and once for the whole prompt."""
+
+    by_role: Mapping[str, int]
+    prompt: int
+
+    def of(self, role: str) -> int:
+        return self.by_role.get(role, max(self.by_role.values(), default=_FALLBACK_OVERHEAD_TOKENS))
+
+    @property
+    def largest(self) -> int:
+        return max(self.by_role.values(), default=_FALLBACK_OVERHEAD_TOKENS)
+
+
+class MessageCounter:
+    """Token counts of message texts, in a cache of at most `max_entries` (about 200 bytes each)."""
+
+    def __init__(self, tokenizer: TokenizerLike, max_entries: int) -> None:
+        # A copy of its own: the renderer sets truncation on the original while it encodes in another thread.
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._counts: LRUCache[bytes, int] = LRUCache(max_entries)
+
+    async def count(self, texts: Sequence[str]) -> list[int]:
+        """The tokens of each text."""
+        return (await self.count_and_tell(texts))[0]
+
+    async def count_and_tell(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """The tokens of each text, and how many texts were new. Those are encoded off the event loop."""
+        keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._counts}
+        found = {key: self._counts[key] for key in keys if key not in missing}
+        if missing:
+            counted = await asyncio.to_thread(self._encode, list(missing.values()))
+            found |= zip(missing, counted, strict=True)
+            self._counts.update(zip(missing, counted, strict=True))
+        return [found[key] for key in keys], len(missing)
+
+    def _encode(self, texts: list[str]) -> list[int]:
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON can hold lone surrogates
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        return [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """All text of a message that a template may print, tool calls as JSON."""
+    parts = [_content_text(message[field]) for field in _MESSAGE_TEXT_FIELDS if message.get(field)]
+    if calls := message.get("tool_calls"):
+        parts.append(json.dumps(calls, ensure_ascii=False, default=str))
+    return "\n".join(parts)
+
+
+def _content_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "\n".join(_content_text(part) for part in content)
+    if isinstance(content, Mapping):
+        return "\n".join(_content_text(content[key]) for key in ("text", "refusal", "thinking") if content.get(key))
+    return "" if content is None else str(content)
+
+
+def text_bytes(message: Mapping[str, Any]) -> int | None:
+    """At least the UTF-8 length of `message_text`, found fast; None for a message with media."""
+    content = message.get("content")
+    if isinstance(content, str) and len(message) == _PLAIN_MESSAGE_FIELDS:
+        return len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
+    return None if has_media(message) else len(message_text(message).encode("utf-8", "surrogatepass"))
+
+
+def has_media(message: Mapping[str, Any]) -> bool:
+    """Whether a message holds an image, audio or video, whose tokens only the model's processor knows."""
+    return bool(has_non_text_content([message]))
+
+
+async def measure_overheads(render_length: RenderLength, counter: MessageCounter) -> Overheads:
+    """Measure a template by rendering short conversations that differ by one exchange.
+
+    A template that refuses one of them (no system message, no tools) is left with what the others showed.
+    """
+    (word,) = await counter.count([_PROBE])
+
+    async def length(*messages: dict[str, Any]) -> int | None:
+        try:
+            return await render_length(list(messages))
+        except Exception:  # noqa: BLE001  # a template may raise whatever it likes; then there is nothing to learn
+            return None
+
+    user, assistant = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}
+    call = {"id": "call_abcd1", "type": "function", "function": {"name": _PROBE, "arguments": "{}"}}
+    calling = {"role": "assistant", "content": _PROBE, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "call_abcd1", "content": _PROBE}
+    one = await length(user)
+    three = await length(user, assistant, user)
+    with_system = await length({"role": "system", "content": _PROBE}, user)
+    with_tools = await length(user, calling, result, assistant, user)
+    by_role = {"user": _FALLBACK_OVERHEAD_TOKENS, "assistant": _FALLBACK_OVERHEAD_TOKENS}
+    if one is not None and three is not None:
+        each = -(-(three - one - 2 * word) // 2) + _TOKENS_OF_MERGING
+        by_role = {"user": each, "assistant": each}
+    by_role["system"] = by_role["developer"] = by_role["user"]
+    if one is not None and with_system is not None:
+        by_role["system"] = max(by_role["user"], with_system - one - word + _TOKENS_OF_MERGING)
+    by_role["tool"] = by_role["user"] + _FALLBACK_OVERHEAD_TOKENS
+    if three is not None and with_tools is not None:
+        (called,) = await counter.count([message_text(calling)])
+        by_role["tool"] = max(by_role["user"], with_tools - three - called - word + _TOKENS_OF_MERGING)
+    prompt = 0 if one is None else max(0, one - word - by_role["user"]) + _TOKENS_OF_MERGING
+    return Overheads(by_role, prompt)

@@ -1,0 +1,58 @@
+"""The real application on a real uvicorn on a loopback port, without an engine."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import httpx
+import uvicorn
+from prometheus_client import REGISTRY
+
+from server.app import Application, build_application
+from server.settings import Settings
+from tests.serving.fake_stack import FakeStack
+
+if TYPE_CHECKING:  # the engine room imports vLLM
+    from server.engine.stack import Stack
+
+VERSIONS = {"tidegate": "1.2.3", "vllm": "0.32.0"}
+
+
+@contextmanager
+def running(stack: FakeStack | None = None, **settings: Any) -> Iterator[httpx.Client]:
+    """A client of an application that serves `stack`, or that still loads."""
+    with _built(Settings(**settings)) as application:
+        application.slot.enter("loading the model")
+        if stack is not None:
+            application.slot.fill(cast("Stack", stack))
+        with _served(application) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+            yield client
+
+
+@contextmanager
+def _built(settings: Settings) -> Iterator[Application]:
+    """An application registers its metrics with the process; here they go with it."""
+    before = set(REGISTRY._collector_to_names)
+    try:
+        yield build_application(settings, VERSIONS)
+    finally:
+        for collector in set(REGISTRY._collector_to_names) - before:
+            REGISTRY.unregister(collector)
+
+
+@contextmanager
+def _served(application: Application) -> Iterator[str]:
+    config = uvicorn.Config(
+        application.asgi, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -1,0 +1,359 @@
+"""The fit against real renders: what `plan_fit` keeps by estimates must be a prompt that the chat template takes."""
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+from server.policy.context import Fit, LastTurnTooLong, Window, default_reserve_tokens, drop_one_more
+from tests.models.templates import TEMPLATES, Message, Template, Tool
+from tests.policy.test_context_properties import Case, call_of, fits, retained_share_is_left
+
+TokensIn = Callable[[str], int]
+
+TOOLS: Final[list[Tool]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"{name} the tide table of a harbour.",
+            "parameters": {"type": "object", "properties": {"harbour": {"type": "string"}}, "required": ["harbour"]},
+        },
+    }
+    for name in ("read_tides", "plot_tides")
+]
+# What stands in one prompt may stand otherwise in the next, by the template's own doing, from the last question on.
+REWRITES_THE_LAST_TURN: Final = {
+    "qwen3": "takes the thinking out of a turn when the user speaks again",
+    "qwen3_5": "takes the thinking out of a turn when the user speaks again",
+    "mistral": "moves the tools and the system prompt on to the newest question",
+}
+MOVES_INSTRUCTIONS_TO_THE_FRONT: Final = {"deepseek"}
+
+each_template = pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(embedded_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(embedded_model)
+
+
+@pytest.fixture(scope="session")
+def tokens_in(tokenizer: Any) -> TokensIn:
+    return cache(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+
+
+# Estimates
+
+
+def say(role: str, content: str, **fields: Any) -> Message:
+    return {"role": role, "content": content, **fields}
+
+
+def calling(call_ids: Sequence[str], harbour: str = "Tide", content: str = "") -> Message:
+    function = {"name": "read_tides", "arguments": {"harbour": harbour}}
+    return say("assistant", content, tool_calls=[{"id": i, "type": "function", "function": function} for i in call_ids])
+
+
+def tools_of(template: Template) -> list[Tool] | None:
+    return TOOLS if template.takes_tools else None
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """What a template prints besides the texts, in tokens: around a message of each role, around a call, and once."""
+
+    roles: Mapping[str, int]
+    call: int
+    once: int = 0
+
+    def around(self, messages: Sequence[Message]) -> int:
+        calls = sum(len(message.get("tool_calls", ())) for message in messages)
+        return self.call * calls + sum(self.roles[message["role"]] for message in messages)
+
+
+def text_tokens(message: Message, tokens_in: TokensIn) -> int:
+    """The texts of a message. A result counts as JSON where that is longer: some templates escape it."""
+    texts = [tokens_in(message["content"])]
+    if message["role"] == "tool":
+        texts = [max(*texts, tokens_in(json.dumps(message["content"], ensure_ascii=False)))]
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        texts += [tokens_in(function["name"]), tokens_in(json.dumps(function["arguments"], ensure_ascii=False))]
+    return sum(texts)
+
+
+# All texts differ, or Mistral's template would take early questions for the last one and print the tools before each.
+SYSTEM, LATER_SYSTEM = say("system", "Be kind."), say("system", "Be brief.")
+USER, NEXT_USER, LAST_USER = (say("user", text) for text in ("One", "Two", "Three"))
+REPLY, NEXT_REPLY = say("assistant", "Low"), say("assistant", "High")
+CALL, TWO_CALLS = calling(["call_0001"]), calling(["call_0001", "call_0002"])
+RESULT, OTHER_RESULT = (say("tool", f"{i} m", tool_call_id=f"call_000{i}") for i in (1, 2))
+CARRYING: Final = (USER, CALL, TWO_CALLS)  # not left out: results need their call, and most templates a question
+PROBES: Final = (
+    [USER, REPLY, NEXT_USER, NEXT_REPLY, LAST_USER],
+    [SYSTEM, USER, REPLY, LATER_SYSTEM, NEXT_USER, LAST_USER],
+    [USER, CALL, RESULT, REPLY, NEXT_USER],
+    [USER, TWO_CALLS, RESULT, OTHER_RESULT],
+)
+
+
+@cache
+def measure_overheads(template: Template, tokens_in: TokensIn) -> Overheads:
+    """The most that one message, or call, added to any conversation of a few that the template takes."""
+
+    def beside_texts(messages: Sequence[Message]) -> int | None:
+        try:
+            prompt = template.render(messages, tools_of(template))
+        except TemplateError:
+            return None
+        return tokens_in(prompt) - sum(text_tokens(message, tokens_in) for message in messages)
+
+    def added(before: Sequence[Message], after: Sequence[Message]) -> int:
+        less, more = beside_texts(before), beside_texts(after)
+        return 0 if less is None or more is None else more - less
+
+    roles = dict.fromkeys(("system", "user", "assistant", "tool"), 0)
+    for probe, i in ((probe, i) for probe in PROBES for i, message in enumerate(probe) if message not in CARRYING):
+        for end in range(i + 1, len(probe) + 1):
+            role = probe[i]["role"]
+            roles[role] = max(roles[role], added([*probe[:i], *probe[i + 1 : end]], probe[:end]))
+    call = max(0, added([USER], [USER, CALL]) - roles["assistant"], added([USER, CALL], [USER, TWO_CALLS]))
+    around = Overheads(roles, call).around
+    starts = [probe[:end] for probe in PROBES for end in range(1, len(probe) + 1)]
+    once = max(extra - around(start) for start in starts if (extra := beside_texts(start)) is not None)
+    return Overheads(roles, call, once)
+
+
+# Histories
+
+WORDS: Final = (
+    *("the tide rises and falls twice a day because of the moon").split(),
+    *(
+        "潮位",
+        "Gezeitenhub",
+        "🌊",
+        "3.14159",
+        "https://example.org/tides?day=1",
+        "\n\n",
+        '{"h": [1, 2]}',
+        "if x:\n\treturn",
+    ),
+)
+MARK: Final = re.compile(r"mark\d{3}")
+
+
+class Conversation:
+    """Writes a history that a template takes; every text ends with a mark, by which it is found in a prompt."""
+
+    def __init__(self, rng: random.Random, template: Template) -> None:
+        self._rng, self._template = rng, template
+        self._parallel_calls = takes(template, [USER, TWO_CALLS, RESULT, OTHER_RESULT])
+        self._late_system = template.takes_system and takes(template, [USER, REPLY, LATER_SYSTEM, NEXT_USER])
+        self.messages: list[Message] = []
+
+    def converse(self, turns: int) -> list[Message]:
+        if self._template.takes_system and self._chance(0.6):
+            self._say("system")
+        if not self._template.alternates and self._chance(0.15):
+            self._say("assistant")
+        for _ in range(turns):
+            self._turn()
+        self._ask()
+        self._call_tools()
+        return self.messages
+
+    def _turn(self) -> None:
+        self._ask()
+        self._call_tools()
+        self._say("assistant")
+
+    def _ask(self) -> None:
+        if self._late_system and self._chance(0.1):
+            self._say("system")
+        for _ in range(1 if self._template.alternates else self._rng.choice([1, 1, 1, 2])):
+            self._say("user")
+
+    def _call_tools(self) -> None:
+        for _ in range(self._rng.choice([0, 0, 1, 2, 6]) if self._template.takes_tools else 0):
+            ids = [f"call_{len(self.messages):03}{i}" for i in range(self._calls())]
+            content = self._text("assistant") if self._chance(0.3) else ""
+            self.messages.append(calling(ids, harbour=self._text("call"), content=content))
+            self._rng.shuffle(ids)
+            for call_id in ids:
+                self._say("tool", tool_call_id=call_id)
+
+    def _calls(self) -> int:
+        return self._rng.choice([1, 1, 2, 3]) if self._parallel_calls else 1
+
+    def _say(self, role: str, **fields: Any) -> None:
+        self.messages.append(say(role, self._text(role), **fields))
+
+    def _text(self, role: str) -> str:
+        thought = f"<think>\n{self._words()}\n</think>\n\n" if role == "assistant" and self._chance(0.3) else ""
+        return f"{thought}{self._words()} mark{len(self.messages):03}".strip()
+
+    def _words(self) -> str:
+        return " ".join(self._rng.choices(WORDS, k=self._rng.choice([1, 1, 5, 5, 20, 60]))).strip()
+
+    def _chance(self, probability: float) -> bool:
+        return self._rng.random() < probability
+
+
+def takes(template: Template, messages: Sequence[Message]) -> bool:
+    try:
+        template.render(messages, tools_of(template))
+    except TemplateError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the server sends to the model for a history."""
+
+    template: Template
+    case: Case
+    fit: Fit
+    rounds: int  # of `drop_one_more`
+
+    @property
+    def messages(self) -> list[Message]:
+        return [self.case.messages[i] for i in self.fit.kept]
+
+    @property
+    def text(self) -> str:
+        return self.template.render(self.messages, tools_of(self.template))
+
+    @property
+    def history(self) -> str:
+        """The text without what opens the reply, which reads otherwise once the reply is there."""
+        return self.template.render(self.messages, tools_of(self.template), add_generation_prompt=False)
+
+    @property
+    def last_question(self) -> int:
+        return max(i for i in self.fit.kept if self.case.messages[i]["role"] == "user")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A conversation before its template is known. `room` is the window in tokens, beside what is printed once."""
+
+    rng: random.Random
+    turns: int
+    room: int
+    retention_ratio: float
+
+    def case(self, template: Template, tokens_in: TokensIn) -> Case:
+        overheads = measure_overheads(template, tokens_in)
+        messages = Conversation(self.rng, template).converse(self.turns)
+        tokens = [text_tokens(message, tokens_in) + overheads.around([message]) for message in messages]
+        max_model_len = self.room + overheads.once
+        window = Window(max_model_len, default_reserve_tokens(max_model_len), fixed_tokens=overheads.once)
+        return Case(messages, tokens, window, self.retention_ratio)
+
+    def prompts(self, template: Template, tokens_in: TokensIn) -> Iterator[Prompt | None]:
+        """A prompt each time the model was asked, or `None` where that was refused."""
+        case = self.case(template, tokens_in)
+        roles = [message["role"] for message in case.messages]
+        for length in range(1, len(roles) + 1):
+            asked = length == len(roles) or roles[length] == "assistant"
+            if asked and roles[length - 1] in ("user", "tool"):
+                yield send(template, case.first(length), tokens_in)
+
+
+plans = st.builds(
+    Plan, st.randoms(use_true_random=True), st.integers(1, 6), st.integers(100, 1000), st.sampled_from([0.8, 0.8, 0.5])
+)
+
+
+def send(template: Template, case: Case, tokens_in: TokensIn) -> Prompt | None:
+    fit, rounds = fits(case), 0
+    while fit is not None:
+        prompt = Prompt(template, case, fit, rounds)
+        rendered = tokens_in(prompt.text)
+        if rendered <= case.window.max_prompt_tokens:
+            return prompt
+        try:
+            fit, rounds = drop_one_more(fit, case.layout, case.tokens, case.window, rendered), rounds + 1
+        except LastTurnTooLong:
+            return None
+    return None
+
+
+def marks(text: str) -> set[str]:
+    return set(MARK.findall(text))
+
+
+# Properties
+
+
+def for_plans(test: Callable[..., None]) -> Callable[..., None]:
+    return each_template(settings(max_examples=20, deadline=None)(given(plan=plans)(test)))
+
+
+@for_plans
+def test_a_kept_history_is_a_prompt_that_fits(template: Template, tokens_in: TokensIn, plan: Plan) -> None:
+    for prompt in plan.prompts(template, tokens_in):
+        if prompt is not None:
+            assert tokens_in(prompt.text) <= prompt.case.window.max_model_len - 1
+            assert prompt.rounds <= 2
+
+
+@for_plans
+def test_the_prompt_shows_what_was_kept_and_nothing_else(template: Template, tokens_in: TokensIn, plan: Plan) -> None:
+    for prompt in plan.prompts(template, tokens_in):
+        if prompt is not None:
+            everything = template.render(prompt.case.messages, tools_of(template))
+            kept = marks(json.dumps(prompt.messages))
+            assert marks(prompt.text) == marks(everything) & kept
+            pinned = [
+                prompt.case.messages[i]["content"] for i in (*range(prompt.case.layout.head), prompt.last_question)
+            ]
+            assert all(text in prompt.text for text in pinned if text in everything)
+            assert pinned[-1] in prompt.text
+
+
+@for_plans
+def test_a_kept_result_follows_its_call(template: Template, tokens_in: TokensIn, plan: Plan) -> None:
+    for prompt in plan.prompts(template, tokens_in):
+        if prompt is not None:
+            results = [i for i in prompt.fit.kept if prompt.case.messages[i]["role"] == "tool"]
+            assert {call_of(prompt.case.messages, i) for i in results} <= set(prompt.fit.kept)
+
+
+@for_plans
+def test_a_prompt_starts_with_the_one_before_or_a_cut_left_room(
+    template: Template, tokens_in: TokensIn, plan: Plan
+) -> None:
+    for before, after in pairwise(plan.prompts(template, tokens_in)):
+        if before is None or after is None or before.rounds or after.rounds:
+            continue  # the next request cannot know of a round
+        if after.fit.kept[: len(before.fit.kept)] != before.fit.kept:
+            assert retained_share_is_left(after.case, after.fit, before.fit)
+        else:
+            assert after.history.startswith(unchanging(before, after))
+
+
+def unchanging(before: Prompt, after: Prompt) -> str:
+    """What the template itself leaves as it was when the conversation goes on."""
+    new = after.case.messages[len(before.case.messages) :]
+    if before.template.name in MOVES_INSTRUCTIONS_TO_THE_FRONT and "system" in [message["role"] for message in new]:
+        return ""
+    if before.template.name not in REWRITES_THE_LAST_TURN:
+        return before.history
+    settled = [before.case.messages[i] for i in before.fit.kept if before.case.layout.head <= i < before.last_question]
+    last_mark = MARK.findall(json.dumps(settled))[-1] if settled else ""
+    start, mark, _ = before.history.rpartition(last_mark) if last_mark else ("", "", "")
+    return start + mark

@@ -1,0 +1,143 @@
+"""A stack without an engine: operations and outputs that a test scripts by hand."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from prometheus_client import CollectorRegistry
+
+from server.engine.calls import Call, Frame, Reply, StreamReply
+from server.policy.bodies import MaxTokensDefaults
+from server.policy.context import TruncationPolicy
+from server.policy.refusals import InvalidRequest, Refusal
+from server.serving.engine_slot import EngineSlot
+from server.serving.fitting import ContextPolicy, HistoryFitter
+from server.serving.generation import Generation
+from server.serving.requests import OpenRequests
+from server.serving.service import BodyRules, Service
+from server.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:  # the engine room imports vLLM
+    from server.engine.seams import Demand
+    from server.engine.stack import Stack
+
+Operation = Callable[[Call], Awaitable[Reply | StreamReply]]
+
+ERROR_FRAME = "data: error\n\n"
+DONE_FRAME = "data: [DONE]\n\n"
+
+
+@dataclass(slots=True)
+class FakeStack:
+    """What `Service` asks of a stack."""
+
+    operations: dict[tuple[str, str], Operation]
+    uses_tools: bool = True
+    max_model_len: int = 4096
+    model_names: tuple[str, ...] = ("a-model",)
+    alive: bool = True
+
+    def operation(self, method: str, path: str) -> Operation | None:
+        return self.operations.get((method, path))
+
+
+def slot_with(stack: FakeStack) -> EngineSlot:
+    slot = EngineSlot()
+    slot.fill(cast("Stack", stack))
+    return slot
+
+
+class RecordingOperation:
+    """Answers `{}`, and keeps the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    async def __call__(self, call: Call) -> Reply:
+        self.calls.append(call)
+        return Reply(b"{}", "application/json")
+
+
+def new_fitter() -> HistoryFitter:
+    return HistoryFitter(ContextPolicy(TruncationPolicy(), None), {}, Metrics(CollectorRegistry()))
+
+
+def new_generation() -> Generation:
+    return Generation(new_fitter())
+
+
+def new_service(slot: EngineSlot, requests: OpenRequests, rules: BodyRules | None = None) -> Service:
+    rules = rules or BodyRules(frozenset(), MaxTokensDefaults())
+    return Service(slot, requests, rules, new_fitter())
+
+
+@dataclass(frozen=True, slots=True)
+class _Demand:
+    prompt_tokens: int
+    max_tokens: int = 16
+    n: int = 1
+    max_model_len: int = 4096
+    fills_window: bool = False
+
+
+def demand(prompt_tokens: int = 7) -> "Demand":
+    """What an engine request asks for."""
+    return cast("Demand", _Demand(prompt_tokens))
+
+
+@dataclass(slots=True)
+class StreamingOperation:
+    """Streams like vLLM's chat endpoint: some frames, a frame for each output, `[DONE]`.
+
+    The test says when an output comes (`say`, `fail`, `end`). As in vLLM a refusal becomes an error frame, and
+    leaving the frames early does not close the generator below them.
+    """
+
+    opening: Sequence[Frame] = ()
+    media_type: str = "text/event-stream"
+    generation: Generation = field(default_factory=new_generation)
+    started: int = 0
+    freed: int = 0
+    _outputs: "asyncio.Queue[str | Exception | None]" = field(default_factory=asyncio.Queue)
+    _kept: list[AsyncGenerator[str, None]] = field(default_factory=list)  # so that nothing but a close closes them
+
+    def say(self, *outputs: str) -> None:
+        for output in outputs:
+            self._outputs.put_nowait(output)
+
+    def fail(self, error: Exception) -> None:
+        self._outputs.put_nowait(error)
+
+    def end(self) -> None:
+        self._outputs.put_nowait(None)
+
+    async def __call__(self, call: Call) -> StreamReply:
+        del call
+        return StreamReply(self._frames(), self.media_type, refusal_in)
+
+    async def _frames(self) -> AsyncGenerator[Frame, None]:
+        for frame in self.opening:
+            yield frame
+        outputs = self.generation.generate(demand(), self._engine)
+        self._kept.append(outputs)
+        try:
+            async for output in outputs:
+                yield f"data: {output}\n\n"
+        except Refusal:
+            yield ERROR_FRAME
+        yield DONE_FRAME
+
+    async def _engine(self) -> AsyncGenerator[str, None]:
+        self.started += 1
+        try:
+            while (output := await self._outputs.get()) is not None:
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+        finally:
+            self.freed += 1
+
+
+def refusal_in(frame: Frame) -> Refusal | None:
+    return InvalidRequest("vLLM's words") if frame == ERROR_FRAME else None
