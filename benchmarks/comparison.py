@@ -45,7 +45,7 @@ class Row:
 
     @property
     def ratios(self) -> list[float]:
-        return [ours / theirs for ours, theirs in zip(self.first, self.second, strict=True)]
+        return [first / second for first, second in zip(self.first, self.second, strict=True)]
 
     @property
     def verdict(self) -> Verdict:

@@ -1,8 +1,9 @@
 """The servers that are compared, as child processes on free loopback ports.
 
-Both are up at the same time while the load alternates between them, A B B A A B ...: a server without requests uses
-next to no CPU, the turns of a pair lie seconds apart, and whatever else the machine does meets both alike. Starting
-each anew for its turn would put a minute between them, and a start's heat into the figures.
+Both are up at the same time while the load alternates between them, A B B A A B ...: the turns of a pair lie seconds
+apart, and whatever else the machine does meets both alike. Starting each anew for its turn would put a minute between
+them, and a start's heat into the figures. A server without requests uses next to no CPU, once it has noticed: see
+`Contender.wait_until_idle`.
 
 By default vLLM binds an engine's threads to cores, the same ones for every engine; `nobind` lets each use all cores
 during its turn.
@@ -40,6 +41,9 @@ _LOG_TAIL_CHARS: Final = 3000
 # Plain vLLM refuses connections until it is ready, while Tidegate answers and pays for each question.
 _READY_POLL_S: Final = 0.1
 _LIVE_POLL_S: Final = 0.02
+_IDLE_POLL_S: Final = 0.1
+_IDLE_CPU_RATIO: Final = 0.1
+_IDLE_TIMEOUT_S: Final = 10.0
 _CPUCLOCK_SCHED: Final = 2
 
 
@@ -88,6 +92,19 @@ class Contender:
     def wait_until_ready(self) -> float:
         """Seconds from the start to `/health` 200."""
         return self._wait("/health", _READY_POLL_S)
+
+    def wait_until_idle(self) -> None:
+        """Until it leaves the cores alone, or for `_IDLE_TIMEOUT_S`.
+
+        vLLM's worker spins on its queue for a second after its last step (`busy_loop_s` in its shm_broadcast.py).
+        """
+        deadline_s = time.perf_counter() + _IDLE_TIMEOUT_S
+        used_s = self.total_cpu_s()
+        while time.perf_counter() < deadline_s:
+            time.sleep(_IDLE_POLL_S)
+            before_s, used_s = used_s, self.total_cpu_s()
+            if used_s - before_s < _IDLE_CPU_RATIO * _IDLE_POLL_S:
+                return
 
     def front_cpu_s(self) -> float:
         """CPU seconds so far of the process that speaks HTTP."""
@@ -169,7 +186,10 @@ def _answers(client: httpx.Client, path: str) -> bool:
 
 def _cpu_s(pid: int) -> float:
     """From the kernel's clock of that process (`clock_getcpuclockid`); /proc counts in steps of 10 ms."""
-    return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
+    try:
+        return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
+    except OSError:  # it has ended
+        return 0.0
 
 
 def _free_port() -> int:

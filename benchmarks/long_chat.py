@@ -2,11 +2,11 @@
 
 The same histories are asked in three ways, turn by turn, on the same engine settings:
 
-- to Tidegate, which gets the whole history and fits it;
-- to plain vLLM, which gets the whole history and keeps its newest tokens (`truncate_prompt_tokens`);
-- to plain vLLM by a client that drops oldest turns until the rest leaves room for an answer, with Tidegate's reserve.
+- Tidegate gets the whole history and fits it;
+- plain vLLM gets the whole history and keeps its newest tokens (`truncate_prompt_tokens`);
+- a client of plain vLLM drops oldest turns until the rest leaves room for an answer, as much as Tidegate leaves.
 
-The answers in the histories are fixed texts, so that all three see the same; each turn generates only a few tokens.
+The answers in the histories are fixed texts, so that all three see the same; a turn generates only a few tokens.
 Counting for the client that drops turns is not charged to it. The last two share a server, and a salt at the start of
 each system prompt keeps their cached prefixes apart.
 """
@@ -14,11 +14,11 @@ each system prompt keeps their cached prefixes apart.
 import json
 import re
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,16 +36,17 @@ from benchmarks.long_chat_report import DROP_OLDEST, SLICING, TIDEGATE, Report, 
 
 _MAX_TOKENS: Final = 8
 _MAX_RESERVE_TOKENS: Final = 1024
-_BLOCK_TOKENS: Final = 32
+_ONLY_WORD: Final = " tide"
+_SALTS: Final[Mapping[str, str]] = {TIDEGATE: "A", SLICING: "B", DROP_OLDEST: "C"}
 # Generated exchanges are longer than this on average, so a window's worth of them goes past the window.
 _LEAST_EXCHANGE_TOKENS: Final = 32
 _TEMPLATE_TOKENS: Final = 64
-# What slicing and dropping write between two turns of one conversation, so that neither evicts the other's prefix.
+# Slicing and dropping share a cache; with less than this, what one writes in a turn evicts the other's prefix.
 _LEAST_CACHED_WINDOWS: Final = 3
 _TIMEOUT_S: Final = 600.0
-_DATA: Final = "data: {"
+_DATA: Final = "data: "
+_DONE: Final = "data: [DONE]"
 _DROPPED: Final = re.compile(r"messages=(\d+)")
-_ONLY_WORD: Final = " tide"
 
 Count = Callable[[list[Message]], int]
 
@@ -62,12 +63,17 @@ class Plan:
     seed: int
 
     @property
+    def longest_prompt(self) -> int:
+        """What token slicing keeps."""
+        return self.window - _MAX_TOKENS
+
+    @property
     def budget(self) -> int:
-        """The longest prompt of a client that drops turns."""
+        """The longest prompt of a client that drops turns: the reserve is Tidegate's default."""
         return self.window - min(_MAX_RESERVE_TOKENS, self.window // 4)
 
     def material(self) -> Iterator[Conversation]:
-        """Conversations without end, or those of the file; many of these may be too short."""
+        """Generated conversations, or those of the file, of which many may be too short."""
         if self.data is not None:
             yield from conversations.read(self.data)
             return
@@ -78,7 +84,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A conversation and the turns of it that are asked; the first one is not measured, it fills the caches."""
+    """A conversation and the turns of it that are asked. The first of them only fills the caches."""
 
     number: int
     conversation: Conversation
@@ -87,53 +93,62 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way to keep a history within the window. `fields` are added to each request; the salt is its own."""
+    """A way to keep a history within the window. `fields` go into each request."""
 
     name: str
     client: httpx.Client
-    salt: str
-    fields: dict[str, Any]
+    fields: Mapping[str, Any]
+
+    def messages(self, replay: Replay, turn: int, dropped: int) -> list[Message]:
+        """What is sent: without the `dropped` oldest exchanges where it is the client who drops them."""
+        salt = f"{_SALTS[self.name]}{replay.number}."
+        return replay.conversation.messages(turn, dropped if self.name == DROP_OLDEST else 0, salt)
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
+    """`dropped_messages` is what the server says that it left out."""
+
     ttft_s: float
-    usage: dict[str, Any]
+    prompt_tokens: int
+    cached_tokens: int
     dropped_messages: int
 
 
 def run(plan: Plan, model: str, engine_flags: Sequence[str]) -> Report:
-    """Start both servers and replay the conversations on them."""
+    """Start both servers and replay the conversations on them. Raises `ContenderFailed` and `LoadFailed`."""
     flags = (
-        "--max-model-len", str(plan.window), "--block-size", str(_BLOCK_TOKENS), "--enable-prompt-tokens-details",
-        *engine_flags,
+        "--max-model-len", str(plan.window), "--block-size", "32", "--enable-prompt-tokens-details", *engine_flags,
     )  # fmt: skip
     with ExitStack() as stack:
-        servers = [
-            stack.enter_context(started(kind, model, flags)) for kind in (contenders.TIDEGATE, contenders.PLAIN)
-        ]
+        kinds = (contenders.TIDEGATE, contenders.PLAIN)
+        servers = [stack.enter_context(started(kind, model, flags)) for kind in kinds]
         for server in servers:
             say(f"{server.name} ready after {server.wait_until_ready():.1f} s (both were starting)")
         ours, plain = (stack.enter_context(_client(server)) for server in servers)
         _check_cache(plain, plan.window)
-        turns = [turn for replay in _replays(plan, plain) for turn in _replayed(replay, plan, ours, plain)]
+        count, ways = partial(_count, plain), _ways(plan, ours, plain)
+        turns = [turn for replay in _replays(plan, count) for turn in _replayed(replay, plan, ways, count)]
     if not turns:
-        raise LoadFailed("No conversation goes past the window. Give other data or a smaller --window.")
-    settings = {
-        **shown_settings(model, flags),
+        raise LoadFailed("No conversation goes past the window. Give other data, or a smaller --window.")
+    settings = {**shown_settings(model, flags), **_shown(plan)}
+    replayed = len({turn.conversation for turn in turns})
+    notes = [
+        f"{len(turns) // len(ways)} turns past the window of {plan.window} tokens, in {replayed} conversations; one "
+        "conversation at a time, so nothing else competes for the prefix cache.",
+        "TTFT is all that a request takes: sending and parsing the history, fitting and rendering it, and the prefill.",
+    ]
+    return Report(plan.window, settings, turns, notes)
+
+
+def _shown(plan: Plan) -> dict[str, Any]:
+    return {
         "window": plan.window,
         "max_tokens": _MAX_TOKENS,
         "drop_oldest_budget_tokens": plan.budget,
         "data": plan.data.name if plan.data else list(plan.kinds),
         "seed": plan.seed,
     }
-    replayed = len({turn.conversation for turn in turns})
-    notes = [
-        f"{len(turns) // 3} turns of {replayed} conversations, each past the window of {plan.window} tokens; one "
-        "conversation at a time, so that nothing competes for the prefix cache.",
-        "TTFT holds all that a request takes: sending and parsing the whole history, fitting it, rendering, prefill.",
-    ]
-    return Report(plan.window, settings, turns, notes)
 
 
 def _client(server: Contender) -> httpx.Client:
@@ -151,29 +166,51 @@ def _check_cache(plain: httpx.Client, window: int) -> None:
         )
 
 
-def _replays(plan: Plan, plain: httpx.Client) -> Iterator[Replay]:
-    """The conversations that go past the window, with the turns from the last one within it."""
+def _count(plain: httpx.Client, messages: list[Message]) -> int:
+    """The tokens of a chat as the template prints it."""
+    answer = plain.post("/tokenize", json={"model": MODEL_NAME, "messages": messages}).raise_for_status()
+    tokens: int = answer.json()["count"]
+    return tokens
 
-    def count(messages: list[Message]) -> int:
-        answer = plain.post("/tokenize", json={"model": MODEL_NAME, "messages": messages}).raise_for_status()
-        tokens: int = answer.json()["count"]
-        return tokens
 
-    def playable() -> Iterator[tuple[Conversation, range]]:
-        for given in plan.material():
-            conversation = _without_endless_questions(given, plan.budget, count)
-            asked = range(len(conversation.exchanges))
-            past = bisect_right(asked, plan.window, key=lambda turn: count(conversation.messages(turn)))
-            if 0 < past < len(asked):
-                yield conversation, range(past - 1, min(past + plan.turns, len(asked)))
+def _ways(plan: Plan, ours: httpx.Client, plain: httpx.Client) -> tuple[Way, ...]:
+    # Every answer is the same word: no token without text, and none that ends the answer, blurs the first one's time.
+    word = plain.post("/tokenize", json={"prompt": _ONLY_WORD, "add_special_tokens": False}).raise_for_status()
+    fields = {
+        "model": MODEL_NAME,
+        "max_tokens": _MAX_TOKENS,
+        "temperature": 0,
+        "logit_bias": {str(word.json()["tokens"][-1]): 100},
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    sliced = {"truncate_prompt_tokens": plan.longest_prompt, "truncation_side": "left"}
+    return Way(TIDEGATE, ours, fields), Way(SLICING, plain, {**fields, **sliced}), Way(DROP_OLDEST, plain, fields)
 
-    for number, (conversation, turns) in enumerate(islice(playable(), plan.conversations), start=1):
-        say(f"conversation {number} of {plan.conversations}, {conversation.kind}: turns {turns.start + 2} to {turns.stop}")
+
+def _replays(plan: Plan, count: Count) -> Iterator[Replay]:
+    """The conversations that go past the window, with their turns from the last one within it."""
+    number = 0
+    for given in plan.material():
+        conversation = _without_endless_questions(given, plan.budget, count)
+        past = _first_turn_past(plan.window, conversation, count)
+        if not 0 < past < len(conversation.exchanges):
+            continue
+        turns = range(past - 1, min(past + plan.turns, len(conversation.exchanges)))
+        number += 1
+        say(f"conversation {number} of {plan.conversations}, {conversation.kind}: turns {past + 1} to {turns.stop}")
         yield Replay(number, conversation, turns)
+        if number == plan.conversations:
+            return
+
+
+def _first_turn_past(window: int, conversation: Conversation, count: Count) -> int:
+    asked = range(len(conversation.exchanges))
+    return bisect_right(asked, window, key=lambda turn: count(conversation.messages(turn)))
 
 
 def _without_endless_questions(conversation: Conversation, budget: int, count: Count) -> Conversation:
-    """Without exchanges whose question alone is too long: no way of dropping older turns answers those."""
+    """Without exchanges whose question alone is too long: dropping older turns does not help there."""
 
     def fits(turn: int) -> bool:
         most_tokens = len((conversation.system + conversation.exchanges[turn].user).encode()) + _TEMPLATE_TOKENS
@@ -181,3 +218,103 @@ def _without_endless_questions(conversation: Conversation, budget: int, count: C
 
     asked = range(len(conversation.exchanges))
     return replace(conversation, exchanges=[conversation.exchanges[turn] for turn in asked if fits(turn)])
+
+
+def _replayed(replay: Replay, plan: Plan, ways: Sequence[Way], count: Count) -> Iterator[Turn]:
+    """Ask the turns of one conversation in every way; each turn begins with another way."""
+    dropped, cuts = 0, dict[str, int | None]()
+    for turn in replay.turns:
+        dropped = _drop_oldest(replay.conversation, turn, dropped, lambda messages: count(messages) <= plan.budget)
+        first = turn % len(ways)
+        for way in (*ways[first:], *ways[:first]):
+            answer = _ask(way, way.messages(replay, turn, dropped))
+            cut = {TIDEGATE: answer.dropped_messages, SLICING: None, DROP_OLDEST: 2 * dropped}[way.name]
+            if turn != replay.turns.start:
+                yield _noted(replay, turn, way.name, answer, cut, cutting=cut is None or cut != cuts[way.name])
+            cuts[way.name] = cut
+
+
+def _drop_oldest(conversation: Conversation, turn: int, dropped: int, fits: Callable[[list[Message]], bool]) -> int:
+    """How many exchanges a client drops that drops no more than it must. It never takes one back."""
+    candidates = range(dropped, turn)
+    return dropped + bisect_left(candidates, True, key=lambda cut: fits(conversation.messages(turn, cut)))
+
+
+def _noted(replay: Replay, turn: int, way: str, answer: _Answer, cut: int | None, *, cutting: bool) -> Turn:
+    whole = 2 * turn + 2  # the system prompt, the exchanges before, and the question
+    if cut == 0:
+        raise LoadFailed(f"{way} dropped nothing from a history that is longer than the window")
+    return Turn(
+        conversation=replay.number,
+        kind=replay.conversation.kind,
+        turn=turn + 1,
+        way=way,
+        ttft_s=answer.ttft_s,
+        prompt_tokens=answer.prompt_tokens,
+        cached_tokens=answer.cached_tokens,
+        whole_messages=whole,
+        kept_messages=None if cut is None else whole - cut,
+        cutting=cutting,
+    )
+
+
+def _ask(way: Way, messages: list[Message]) -> _Answer:
+    """Ask and read the streamed answer. The clock runs from before the body is encoded to the first token's frame."""
+    started_s, ttft_s, usage = time.perf_counter(), None, dict[str, Any]()
+    with way.client.stream("POST", "/v1/chat/completions", json={**way.fields, "messages": messages}) as response:
+        if response.status_code != httpx.codes.OK:
+            raise LoadFailed(f"{way.name} answered {response.status_code}: {response.read().decode()[:300]}")
+        for line in response.iter_lines():
+            if not line.startswith(_DATA) or line == _DONE:
+                continue
+            frame = json.loads(line.removeprefix(_DATA))
+            if "error" in frame:
+                raise LoadFailed(f"{way.name} broke an answer off: {frame['error']}")
+            if ttft_s is None and any(choice["delta"].get("content") for choice in frame.get("choices", ())):
+                ttft_s = time.perf_counter() - started_s
+            usage = frame.get("usage") or usage
+        told = _DROPPED.match(response.headers.get("x-context-truncated", ""))
+    if ttft_s is None or usage.get("completion_tokens") != _MAX_TOKENS:
+        raise LoadFailed(f"{way.name} was asked for {_MAX_TOKENS} tokens, and its usage says {usage}")
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return _Answer(ttft_s, usage["prompt_tokens"], cached, int(told[1]) if told else 0)
+
+
+_FULL: Final = {"turns": 24, "conversations": 8}
+_QUICK: Final = {"turns": 6, "conversations": 4}
+
+
+@click.command("long-chat")
+@click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM FLAGS]")
+@click.option("--model", help="Model folder or name. [default: the embedded model]")
+@click.option("--window", type=click.IntRange(512), default=2048, show_default=True, help="Tokens a model can see.")
+@click.option("--turns", type=click.IntRange(1), help="Turns past the window, by conversation. [default: 24, quick 6]")
+@click.option("--conversations", type=click.IntRange(1), help="Conversations replayed. [default: 8, quick 4]")
+@click.option(
+    "--kind", "kinds", type=click.Choice(conversations.KINDS), multiple=True, help="Repeatable. [default: all]"
+)
+@click.option(
+    "--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file in ShareGPT's format."
+)
+@click.option("--seed", default=0, show_default=True, help="Other numbers generate other conversations.")
+@click.option(
+    "--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw prefill tokens as SVG."
+)
+@click.option("--quick", is_flag=True, help="Less load: minutes, and more noise.")
+@click.option("--json", "as_json", is_flag=True, help="Add one JSON object as the last line.")
+def command(
+    model: str | None, quick: bool, as_json: bool, plot_file: Path | None, engine_flags: tuple[str, ...], **given: Any
+) -> None:
+    """Chats past the window: prefix hits, prefill and TTFT, against token slicing and drop-oldest."""
+    size = _QUICK if quick else _FULL
+    plan = Plan(**{**given, **{name: given[name] or size[name] for name in size}})
+    plan = replace(plan, kinds=plan.kinds or conversations.KINDS)
+    try:
+        report = run(plan, model or embedded_model(), engine_flags)
+    except (ContenderFailed, LoadFailed) as failure:
+        raise click.ClickException(str(failure)) from failure
+    report.print()
+    if plot_file:
+        plot(report.turns, f"Prefill tokens per turn, window of {plan.window} tokens", plot_file)
+    if as_json:
+        click.echo(json.dumps({"benchmark": "long-chat", **report.as_dict()}))

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 from xml.sax.saxutils import escape
@@ -44,7 +45,11 @@ Figures = Mapping[str, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One question of one conversation, asked in one way. `kept_messages` is None where tokens are sliced."""
+    """One question past the window, asked in one way.
+
+    `whole_messages` is the length of the history, and `kept_messages` what the model saw of it, None where tokens are
+    sliced. `cutting`: the prompt begins elsewhere than that of the turn before.
+    """
 
     conversation: int
     kind: str
@@ -53,9 +58,8 @@ class Turn:
     ttft_s: float
     prompt_tokens: int
     cached_tokens: int
-    sent_messages: int
+    whole_messages: int
     kept_messages: int | None
-    truncated: bool
     cutting: bool
 
     @property
@@ -80,7 +84,7 @@ class Bar:
         return all(value is not None and value <= self.limit for value in reached)
 
     def __str__(self) -> str:
-        of = f" of {' and '.join(self.against)}" if self.against else ""
+        of = f" of {'both' if len(self.against) > 1 else self.against[0]}" if self.against else ""
         return f"{'≥' if self.metric.better == 'higher' else '≤'} {self.limit:.3g}{of}"
 
 
@@ -156,9 +160,7 @@ class Report:
                 way: {m.key: ratio(figures[TIDEGATE][m.key], figures[way][m.key]) for m in _METRICS}
                 for way in (SLICING, DROP_OLDEST)
             },
-            "bars": [
-                {"metric": bar.metric.key, "bar": str(bar), "met": bar.met(figures)} for bar in bars(self.window)
-            ],
+            "bars": [{"metric": bar.metric.key, "bar": str(bar), "met": bar.met(figures)} for bar in bars(self.window)],
             "kinds": {kind: figures_of(turns) for kind, turns in self._kinds().items()},
             "turns": [asdict(turn) for turn in self.turns],
             "notes": list(self.notes),
@@ -167,7 +169,7 @@ class Report:
     def _overall(self) -> Table:
         figures = figures_of(self.turns)
         limits = {bar.metric.key: bar for bar in bars(self.window)}
-        table = _table(("figure",), (*WAYS, f"{TIDEGATE} / {SLICING}", f"{TIDEGATE} / {DROP_OLDEST}"), ("bar", "met"))
+        table = _table(("figure",), (*WAYS, f"/ {SLICING}", f"/ {DROP_OLDEST}"), ("bar", "met"))
         for metric in _METRICS:
             values = [figures[way][metric.key] for way in WAYS]
             ratios = [ratio(values[0], value) for value in values[1:]]
@@ -229,8 +231,9 @@ def plot(turns: Sequence[Turn], title: str, file: Path) -> None:
 def _drawn(turns: Sequence[Turn], title: str) -> Iterable[str]:
     series = {way: [turn for turn in turns if turn.way == way] for way in WAYS}
     count = len(series[TIDEGATE])
-    step = 10 ** math.floor(math.log10(max(turn.prefill_tokens for turn in turns)))
-    highest = step * math.ceil(max(turn.prefill_tokens for turn in turns) / step)
+    longest = max(turn.prefill_tokens for turn in turns)
+    step = 10.0 ** math.floor(math.log10(longest))
+    highest = step * math.ceil(longest / step)
 
     def x(place: float) -> float:
         return _LEFT + (_RIGHT - _LEFT) * (place + 0.5) / count
@@ -249,7 +252,7 @@ def _drawn(turns: Sequence[Turn], title: str) -> Iterable[str]:
         tokens = highest * line / _GRID_LINES
         yield f'<path d="M{_LEFT} {y(tokens):.1f}H{_RIGHT}" stroke="#ddd"/>'
         yield f'<text x="{_LEFT - 8}" y="{y(tokens) + 4:.1f}" text-anchor="end">{tokens:,.0f}</text>'
-    for place, (before, after) in enumerate(zip(series[TIDEGATE], series[TIDEGATE][1:], strict=False)):
+    for place, (before, after) in enumerate(pairwise(series[TIDEGATE])):
         if before.conversation != after.conversation:
             yield f'<path d="M{x(place + 0.5):.1f} {_TOP}V{_BOTTOM}" stroke="#999" stroke-dasharray="2 3"/>'
     for number, (way, colour) in enumerate(zip(reversed(WAYS), reversed(_COLOURS), strict=True)):

@@ -68,7 +68,7 @@ def run(options: Options) -> Comparison:
 def _pairs(ours: Contender, theirs: Contender, plan: Plan, concurrency: int, *, stream: bool) -> list[Pair]:
     """Measure pairs of turns; every other pair begins with the other contender."""
     work = Load(concurrency, plan.requests[concurrency], plan.max_tokens, stream, seed=concurrency)
-    for contender, other in ((ours, theirs), (theirs, ours)):  # unmeasured: the first turn has no open path yet
+    for contender, other in ((ours, theirs), (theirs, ours)):  # unmeasured: a first time is slower than the next
         _turn(contender, other, replace(work, requests=concurrency, max_tokens=4))
     pairs: list[Pair] = []
     for number in range(plan.pairs):
@@ -86,6 +86,7 @@ def _pairs(ours: Contender, theirs: Contender, plan: Plan, concurrency: int, *, 
 
 def _turn(contender: Contender, idle: Contender, work: Load) -> dict[str, float]:
     """One contender's figures for one load, with the CPU that its front-end and the waiting contender used."""
+    idle.wait_until_idle()
     front_s, idle_s = contender.front_cpu_s(), idle.total_cpu_s()
     figures = asyncio.run(load.run(contender.url, MODEL_NAME, work))
     tokens = work.requests * work.max_tokens

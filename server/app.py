@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -16,6 +16,7 @@ from server.api.auth import ApiKeys
 from server.api.errors import Dialect
 from server.api.middleware import Exchange
 from server.api.routes import operations_router, status_router
+from server.api.schema import DocumentedApi
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
@@ -58,12 +59,13 @@ def build_application(settings: Settings, versions: Mapping[str, str]) -> Applic
     )
     service = Service(slot, requests, rules, fitter)
     docs = settings.docs
-    api = FastAPI(
+    api = DocumentedApi(
         title="Tidegate",
         version=versions["tidegate"],
         root_path=settings.root_path,
         openapi_url="/openapi.json" if docs else None,
     )
+    api.service = service
     limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s)
     authenticate = ApiKeys(settings.api_key)
     api.include_router(_status(service, versions, figures))

@@ -68,7 +68,13 @@ def _option(section: type[BaseModel], name: str) -> click.Option:
 def _shown_default(default: Any) -> str:
     if default in (None, (), ""):
         return ""
-    shown = ", ".join(default) if isinstance(default, tuple) else str(default).lower()
+    shown = (
+        ", ".join(default)
+        if isinstance(default, tuple)
+        else str(default).lower()
+        if isinstance(default, bool)
+        else str(default)
+    )
     return f" [default: {shown}]"
 
 
@@ -84,11 +90,17 @@ def cli() -> None:
     """Tidegate: an OpenAI-compatible inference server around vLLM."""
 
 
-def _serve(settings_file: Path | None, vllm_args: tuple[str, ...], help_vllm: bool, **flags: Any) -> None:
+@click.pass_context
+def _serve(
+    ctx: click.Context, /, settings_file: Path | None, vllm_args: tuple[str, ...], help_vllm: bool, **flags: Any
+) -> None:
     """Serve MODEL (a folder or a name) on an OpenAI-compatible API.
 
     Without MODEL, a small embedded chat model is served.
     """
+    if "-h" in vllm_args:  # click would also read it out of vLLM's -dph
+        click.echo(ctx.get_help())
+        return
     if help_vllm:
         from server.engine.arguments import vllm_help
 
@@ -120,7 +132,7 @@ cli.add_command(
             ),
             click.Option(["--help-vllm"], is_flag=True, help="Show vLLM's own flags and exit."),
         ],
-        context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
+        context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
         help=_serve.__doc__,
         short_help="Serve a model.",
     )

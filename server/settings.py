@@ -4,6 +4,7 @@ The same name everywhere: the field `max_body_mib` is `--max-body-mib`, `TIDEGAT
 """
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+from pydantic_settings import SettingsError as UnreadableVariable
 
 ENV_PREFIX: Final = "TIDEGATE_"
 SETTINGS_FILE_ENV: Final = f"{ENV_PREFIX}SETTINGS"
@@ -26,6 +28,10 @@ SETTINGS_FILE_ENV: Final = f"{ENV_PREFIX}SETTINGS"
 def _split(value: Any) -> Any:
     """Several values in one environment variable are separated by commas."""
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
 
 
 Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -116,7 +122,7 @@ class Logs(BaseModel):
     """Logs"""
 
     log_format: Literal["auto", "json", "pretty"] = Field("auto", description="auto: pretty at a terminal, else JSON.")
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(str.lower)] = Field(
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
         "info", description="Least level logged, by the server and the engine."
     )
     access_log: bool = Field(
@@ -167,6 +173,8 @@ def load_settings(flags: Mapping[str, Any], file: Path | None) -> Settings:
         return FromFile(**flags)
     except ValidationError as error:
         raise SettingsError(_sentence(error)) from error
+    except UnreadableVariable as error:
+        raise SettingsError(f"{str(error).capitalize()}: write it as JSON.") from error
 
 
 def flag_name(field: str) -> str:
@@ -220,4 +228,4 @@ def _as_flags(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
     values = value if isinstance(value, list) else [value]
-    return [flag, *map(str, values)]
+    return [flag, *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]

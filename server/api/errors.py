@@ -66,7 +66,12 @@ def body(refusal: Refusal, dialect: Dialect) -> dict[str, Any]:
 
 
 def encoded(refusal: Refusal, dialect: Dialect) -> bytes:
-    return json.dumps(body(refusal, dialect), ensure_ascii=False).encode()
+    return _json(body(refusal, dialect))
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    """UTF-8; half a surrogate pair out of a client's JSON has none and stays the escape it came as."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def event(refusal: Refusal, dialect: Dialect) -> bytes:
@@ -76,7 +81,7 @@ def event(refusal: Refusal, dialect: Dialect) -> bytes:
     error = body(refusal, dialect)
     if dialect == "responses":
         error = {"type": "error", **{key: error["error"][key] for key in ("code", "message", "param")}}
-    return b"event: error\ndata: " + json.dumps(error, ensure_ascii=False).encode() + b"\n\n"
+    return b"event: error\ndata: " + _json(error) + b"\n\n"
 
 
 def headers(refusal: Refusal) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any, Final, get_type_hints
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema
 from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -51,6 +52,15 @@ class Operation:
     @cached_property
     def _validators(self) -> dict[str, TypeAdapter[Any]]:
         return {name: TypeAdapter(kind) for name, kind in self._kinds.items()}
+
+    def body_schema(self) -> dict[str, Any] | None:
+        """The JSON schema of the body, or None where there is none or it cannot be written as one."""
+        if _BODY not in self._kinds:
+            return None
+        try:
+            return self._validators[_BODY].json_schema(ref_template="#/components/schemas/{model}")
+        except PydanticInvalidForJsonSchema:
+            return None
 
     async def __call__(self, call: Call) -> Reply | StreamReply:
         """Run the endpoint. Raises `Refusal`; cancellation passes through and aborts the engine's work."""

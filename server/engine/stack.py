@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 from starlette.datastructures import State
@@ -57,6 +58,11 @@ class Stack:
     def operation(self, method: str, path: str) -> Operation | None:
         """The endpoint for a method and path template, or None where the model has none."""
         return self.operations.get((method, path))
+
+    def body_schemas(self) -> dict[OperationKey, dict[str, Any]]:
+        """JSON schemas of request bodies, with references as OpenAPI writes them."""
+        described = {key: operation.body_schema() for key, operation in self.operations.items()}
+        return {key: schema for key, schema in described.items() if schema is not None}
 
     async def report(self) -> None:
         """Let vLLM log its throughput and cache figures of the last interval."""

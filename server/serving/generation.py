@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from server.policy.edits import Edits
 from server.policy.refusals import Refusal
 from server.serving.fitting import HistoryFitter
-from server.serving.requests import OpenRequest, current_request
+from server.serving.requests import OpenRequest, Running, current_request
 
 if TYPE_CHECKING:
     from server.engine.conversations import Conversation, Rendered, TextPrompts
@@ -43,17 +44,19 @@ class Generation:
         request = _request()
         request.prompt_tokens += demand.prompt_tokens
         _note_clamp(demand, request)
-        running = outputs()
+        running = Running(outputs())
         request.running.add(running)
         try:
-            async for output in running:
+            async for output in running.generator:
                 request.producing = True
                 yield output
+                running.consumer = asyncio.current_task()
         except Refusal as refusal:
             request.refusal = refusal
             raise
         finally:
-            await request.close(running)
+            await running.close()
+            request.running.discard(running)
 
 
 def _request() -> OpenRequest:

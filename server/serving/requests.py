@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import structlog
 
 from server.policy.context import TruncationPolicy
 from server.policy.edits import NO_EDITS, Edits
@@ -18,6 +20,8 @@ from server.policy.refusals import Draining, Refusal
 
 if TYPE_CHECKING:
     from server.serving.fitting import FitReport
+
+log = structlog.get_logger(__name__)
 
 _DRAIN_RETRY_AFTER_S = 5.0
 
@@ -29,6 +33,37 @@ class DryRun:
     report: FitReport | None = None
 
 
+class Running:
+    """A generator of the engine and the task that is inside it, closed once by whoever comes first."""
+
+    def __init__(self, generator: AsyncGenerator[Any, None]) -> None:
+        self.generator = generator
+        self.consumer = asyncio.current_task()
+        self._closing = False
+        self._closed = asyncio.Event()
+
+    async def close(self) -> None:
+        """Close the generator, which frees its KV blocks."""
+        if self._closing:
+            return
+        self._closing = True
+        try:
+            await self.generator.aclose()
+        finally:
+            self._closed.set()
+
+    async def release(self) -> None:
+        """Close it from outside, also while another task is inside it.
+
+        vLLM runs the prompts of one request as tasks, and does not wait for them when it is cancelled.
+        """
+        if self._closing or not getattr(self.generator, "ag_running", False):
+            await self.close()
+        elif self.consumer is not None and not self.consumer.cancelling():  # a second one would cut its cleanup short
+            self.consumer.cancel()
+        await self._closed.wait()
+
+
 _current: ContextVar[OpenRequest | None] = ContextVar("open_request", default=None)
 
 
@@ -38,8 +73,8 @@ class OpenRequest:
 
     `producing` turns true when the engine has delivered the first output: from then on a refusal can no longer be
     an HTTP status. `prompt_tokens` is the sum over its engine requests. `headers` are added to the answer's head.
-    `refusal` keeps the class of an error that vLLM's generators would turn into text. `running` holds the engine's
-    generators: vLLM does not close them when a stream is left early, so whoever takes one out of the set closes it.
+    `refusal` keeps the class of an error that vLLM's generators would turn into text. `running` holds what the engine
+    generates for it: vLLM does not close its generators when a stream is left early, so the request does.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
     """
 
@@ -55,19 +90,14 @@ class OpenRequest:
     asked_max_tokens: int | None = None
     edits: Edits = NO_EDITS
     dry_run: DryRun | None = None
-    running: set[AsyncGenerator[Any, None]] = field(default_factory=set)
+    running: set[Running] = field(default_factory=set)
+    letting_go: bool = False
 
     def edited(self, edits: Edits) -> None:
         """Note what was changed in the request, for the answer's head and body. A batch call adds up."""
         self.edits = self.edits + edits
         if (header := self.edits.header()) is not None:
             self.headers["x-context-truncated"] = header
-
-    async def close(self, generator: AsyncGenerator[Any, None]) -> None:
-        """Close one of `running`, once, whoever comes first."""
-        if generator in self.running:
-            self.running.discard(generator)
-            await generator.aclose()
 
 
 def current_request() -> OpenRequest | None:
@@ -110,12 +140,18 @@ class OpenRequests:
                 raise request.refusal from None
             raise
         finally:
-            for generator in tuple(request.running):
-                await request.close(generator)
             _current.reset(token)
-            del self._open[task]
-            if not self._open:
-                self._idle.set()
+            request.letting_go = True
+            await _to_its_end(self._let_go(task, request))
+
+    async def _let_go(self, task: asyncio.Task[Any], request: OpenRequest) -> None:
+        closed = await asyncio.gather(*(running.release() for running in request.running), return_exceptions=True)
+        del self._open[task]
+        if not self._open:
+            self._idle.set()
+        for error in closed:
+            if error is not None:
+                log.error("a generation could not be closed", request_id=request.request_id, exc_info=error)
 
     async def drain(self, timeout_s: float) -> int:
         """Take no new request and wait for the open ones. Returns how many are still open after `timeout_s`."""
@@ -130,6 +166,20 @@ class OpenRequests:
     async def end_all(self, refusal: Refusal) -> None:
         """End every open request with `refusal`, and wait until all of them have let go."""
         for task, request in tuple(self._open.items()):
-            request.refusal = refusal
-            task.cancel()
+            if not request.letting_go:
+                request.refusal = refusal
+                task.cancel()
         await self._idle.wait()
+
+
+async def _to_its_end(cleanup: Coroutine[Any, Any, None]) -> None:
+    """Await a cleanup that further cancellations may not cut short; they take effect after it."""
+    task = asyncio.create_task(cleanup)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

@@ -86,6 +86,10 @@ class Service:
         cards: list[dict[str, Any]] = json.loads(reply.body)["data"]
         return cards
 
+    def body_schemas(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """The JSON schemas of request bodies by method and path; none while no engine serves."""
+        return self.slot.stack.body_schemas() if self.slot.ready else {}
+
     async def answer(self, call: Call, request: OpenRequest) -> Reply | StreamReply:
         """Apply the body rules and run the operation. Raises `Refusal`."""
         if call.route == CONTEXT_FIT_ROUTE:

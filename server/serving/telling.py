@@ -41,4 +41,4 @@ def _told(answer: Mapping[str, Any], edits: Edits) -> dict[str, Any]:
 
 
 def _encoded(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(value, separators=(",", ":"))

@@ -150,6 +150,6 @@ async def nothing_left_over(desk: Desk) -> AsyncIterator[None]:
     yield
     assert len(desk.requests) == 0
     if isinstance(desk.operation, StreamingOperation):
-        assert desk.operation.freed == desk.operation.started
+        assert (desk.operation.closed, desk.operation.freed) == (desk.operation.streams, desk.operation.started)
     await asyncio.sleep(0)  # a cancelled task ends at its next turn
     assert asyncio.all_tasks() == before

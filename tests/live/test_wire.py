@@ -179,3 +179,10 @@ def test_every_log_line_of_a_request_carries_its_id(server: RunningServer) -> No
     lines = [event for event in server.log_events() if event.get("request_id") == "from-client.1"]
     assert any(line["event"] == "request" and line["status"] == 200 for line in lines)
     assert "Hi" not in json.dumps(lines)
+
+
+def test_the_document_describes_the_bodies_once_the_engine_serves(server: RunningServer) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "messages" in body["properties"]
+    assert httpx.get(f"{server.url}/docs").status_code == 200

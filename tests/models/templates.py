@@ -28,15 +28,13 @@ class Template:
     takes_tools: bool = True
     alternates: bool = False
 
-    def render(
-        self, messages: Sequence[Message], tools: list[Tool] | None = None, *, add_generation_prompt: bool = True
-    ) -> str:
+    def render(self, messages: Sequence[Message], tools: list[Tool] | None = None) -> str:
         """The prompt, by the function that `apply_chat_template` renders with; raises `jinja2.TemplateError`."""
         prompts, _ = render_jinja_template(
             conversations=[messages],
             tools=tools,
             chat_template=self.text,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=True,
         )
         return str(prompts[0])
 

@@ -304,6 +304,12 @@ def test_the_newest_results_go_when_the_window_cannot_hold_them() -> None:
     assert fit([user(10), calls("a"), result("a", 110)]).kept == (0,)
 
 
+def test_tool_schemas_count_when_the_newest_results_are_held_to_the_window() -> None:
+    history = [user(10), calls("a"), result("a", 70)]
+    assert not fit(history, Window(max_model_len=120, reserve_tokens=20, fixed_tokens=29)).truncated
+    assert fit(history, Window(max_model_len=120, reserve_tokens=20, fixed_tokens=30)).kept == (0,)
+
+
 def test_a_prefilled_reply_is_never_dropped() -> None:
     planned = fit([user(10), calls("a"), result("a", 100), assistant(100)])
     assert planned.kept == (0, 3)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from server.policy.context import Fit, LastTurnTooLong, Window, default_reserve_tokens, drop_one_more
+from server.policy.context import Fit, LastTurnTooLong, Window, default_reserve_tokens, drop_one_more, plan_fit
 from tests.models.templates import TEMPLATES, Message, Template, Tool
-from tests.policy.test_context_properties import Case, call_of, fits, retained_share_is_left
+from tests.policy.test_context_properties import Case, call_of, retained_share_is_left
 
 TokensIn = Callable[[str], int]
 
@@ -237,27 +237,26 @@ class Prompt:
         return self.template.render(self.messages, tools_of(self.template))
 
     @property
-    def history(self) -> str:
-        """The text without what opens the reply, which reads otherwise once the reply is there."""
-        return self.template.render(self.messages, tools_of(self.template), add_generation_prompt=False)
+    def pinned(self) -> tuple[int, ...]:
+        return (*range(self.case.layout.head), self.last_question)
 
     @property
     def last_question(self) -> int:
-        return max(i for i in self.fit.kept if self.case.messages[i]["role"] == "user")
+        return max(i for i, message in enumerate(self.case.messages) if message["role"] == "user")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """A conversation before its template is known. `room` is the window in tokens, beside what is printed once."""
+class Chat:
+    """A conversation whose template is still open. `room` is the window in tokens, without what is printed once."""
 
-    rng: random.Random
+    seed: int
     turns: int
     room: int
     retention_ratio: float
 
     def case(self, template: Template, tokens_in: TokensIn) -> Case:
         overheads = measure_overheads(template, tokens_in)
-        messages = Conversation(self.rng, template).converse(self.turns)
+        messages = Conversation(random.Random(self.seed), template).converse(self.turns)
         tokens = [text_tokens(message, tokens_in) + overheads.around([message]) for message in messages]
         max_model_len = self.room + overheads.once
         window = Window(max_model_len, default_reserve_tokens(max_model_len), fixed_tokens=overheads.once)
@@ -273,14 +272,18 @@ class Plan:
                 yield send(template, case.first(length), tokens_in)
 
 
-plans = st.builds(
-    Plan, st.randoms(use_true_random=True), st.integers(1, 6), st.integers(100, 1000), st.sampled_from([0.8, 0.8, 0.5])
+chats = st.builds(
+    Chat,
+    seed=st.integers(0, 2**48),
+    turns=st.integers(1, 6),
+    room=st.integers(100, 1000),
+    retention_ratio=st.sampled_from([0.8, 0.8, 0.5]),
 )
 
 
 def send(template: Template, case: Case, tokens_in: TokensIn) -> Prompt | None:
-    fit, rounds = fits(case), 0
-    while fit is not None:
+    fit, rounds = plan_fit(case.layout, case.tokens, case.window, case.retention_ratio), 0
+    while True:
         prompt = Prompt(template, case, fit, rounds)
         rendered = tokens_in(prompt.text)
         if rendered <= case.window.max_prompt_tokens:
@@ -289,61 +292,80 @@ def send(template: Template, case: Case, tokens_in: TokensIn) -> Prompt | None:
             fit, rounds = drop_one_more(fit, case.layout, case.tokens, case.window, rendered), rounds + 1
         except LastTurnTooLong:
             return None
-    return None
 
 
 def marks(text: str) -> set[str]:
     return set(MARK.findall(text))
 
 
+def for_chats(test: Callable[..., None]) -> Callable[..., None]:
+    return each_template(settings(max_examples=12, deadline=None)(given(chat=chats)(test)))
+
+
+# Templates
+
+
+@each_template
+def test_a_template_renders_as_transformers_renders_it(template: Template, tokenizer: Any) -> None:
+    messages = [*[SYSTEM] * template.takes_system, USER, REPLY, NEXT_USER]
+    expected = tokenizer.apply_chat_template(
+        messages, tools_of(template), template.text, tokenize=False, add_generation_prompt=True
+    )
+    assert template.render(messages, tools_of(template)) == expected
+
+
+@each_template
+def test_a_template_is_what_it_is_said_to_be(template: Template) -> None:
+    assert takes(template, [SYSTEM, USER]) == template.takes_system
+    assert takes(template, [USER, NEXT_USER]) != template.alternates
+    assert ("read_tides" in template.render([USER], TOOLS)) == template.takes_tools
+    if template.takes_tools:
+        assert takes(template, [USER, CALL, RESULT, REPLY, NEXT_USER])
+
+
 # Properties
 
 
-def for_plans(test: Callable[..., None]) -> Callable[..., None]:
-    return each_template(settings(max_examples=20, deadline=None)(given(plan=plans)(test)))
+@for_chats
+def test_estimates_are_hardly_ever_too_low(template: Template, tokens_in: TokensIn, chat: Chat) -> None:
+    case = chat.case(template, tokens_in)
+    rendered = tokens_in(template.render(case.messages, tools_of(template)))
+    assert sum(case.tokens) + case.window.fixed_tokens >= 0.97 * rendered
 
 
-@for_plans
-def test_a_kept_history_is_a_prompt_that_fits(template: Template, tokens_in: TokensIn, plan: Plan) -> None:
-    for prompt in plan.prompts(template, tokens_in):
+@for_chats
+def test_a_kept_history_is_a_prompt_that_fits(template: Template, tokens_in: TokensIn, chat: Chat) -> None:
+    for prompt in chat.prompts(template, tokens_in):
         if prompt is not None:
             assert tokens_in(prompt.text) <= prompt.case.window.max_model_len - 1
             assert prompt.rounds <= 2
 
 
-@for_plans
-def test_the_prompt_shows_what_was_kept_and_nothing_else(template: Template, tokens_in: TokensIn, plan: Plan) -> None:
-    for prompt in plan.prompts(template, tokens_in):
+@for_chats
+def test_a_prompt_shows_what_was_kept_and_nothing_else(template: Template, tokens_in: TokensIn, chat: Chat) -> None:
+    for prompt in chat.prompts(template, tokens_in):
         if prompt is not None:
-            everything = template.render(prompt.case.messages, tools_of(template))
-            kept = marks(json.dumps(prompt.messages))
-            assert marks(prompt.text) == marks(everything) & kept
-            pinned = [
-                prompt.case.messages[i]["content"] for i in (*range(prompt.case.layout.head), prompt.last_question)
-            ]
-            assert all(text in prompt.text for text in pinned if text in everything)
-            assert pinned[-1] in prompt.text
+            messages, kept = prompt.case.messages, prompt.fit.kept
+            unfitted = template.render(messages, tools_of(template))
+            assert marks(unfitted) & marks(json.dumps(prompt.messages)) <= marks(prompt.text)
+            assert marks(prompt.text) <= marks(json.dumps(prompt.messages))
+            assert all(
+                messages[i]["content"] in prompt.text for i in prompt.pinned if messages[i]["content"] in unfitted
+            )
+            assert {call_of(messages, i) for i in kept if messages[i]["role"] == "tool"} <= set(kept)
 
 
-@for_plans
-def test_a_kept_result_follows_its_call(template: Template, tokens_in: TokensIn, plan: Plan) -> None:
-    for prompt in plan.prompts(template, tokens_in):
-        if prompt is not None:
-            results = [i for i in prompt.fit.kept if prompt.case.messages[i]["role"] == "tool"]
-            assert {call_of(prompt.case.messages, i) for i in results} <= set(prompt.fit.kept)
-
-
-@for_plans
+@for_chats
 def test_a_prompt_starts_with_the_one_before_or_a_cut_left_room(
-    template: Template, tokens_in: TokensIn, plan: Plan
+    template: Template, tokens_in: TokensIn, chat: Chat
 ) -> None:
-    for before, after in pairwise(plan.prompts(template, tokens_in)):
+    for before, after in pairwise(chat.prompts(template, tokens_in)):
         if before is None or after is None or before.rounds or after.rounds:
             continue  # the next request cannot know of a round
         if after.fit.kept[: len(before.fit.kept)] != before.fit.kept:
             assert retained_share_is_left(after.case, after.fit, before.fit)
         else:
-            assert after.history.startswith(unchanging(before, after))
+            assert after.text.startswith(unchanging(before, after))
 
 
 def unchanging(before: Prompt, after: Prompt) -> str:
@@ -352,8 +374,23 @@ def unchanging(before: Prompt, after: Prompt) -> str:
     if before.template.name in MOVES_INSTRUCTIONS_TO_THE_FRONT and "system" in [message["role"] for message in new]:
         return ""
     if before.template.name not in REWRITES_THE_LAST_TURN:
-        return before.history
+        return before.text
     settled = [before.case.messages[i] for i in before.fit.kept if before.case.layout.head <= i < before.last_question]
     last_mark = MARK.findall(json.dumps(settled))[-1] if settled else ""
-    start, mark, _ = before.history.rpartition(last_mark) if last_mark else ("", "", "")
+    start, mark, _ = before.text.rpartition(last_mark) if last_mark else ("", "", "")
     return start + mark
+
+
+@pytest.mark.parametrize("max_model_len", [1000, 4000])
+def test_a_question_asked_again_and_again_is_fitted_although_mistral_repeats_the_tools_for_each(
+    tokens_in: TokensIn, max_model_len: int
+) -> None:
+    template = TEMPLATES["mistral"]
+    overheads = measure_overheads(template, tokens_in)
+    question = say("user", "Go on.")
+    messages = [*[question, say("assistant", "The tide rises and falls. " * 6)] * 40, question]
+    tokens = [text_tokens(message, tokens_in) + overheads.around([message]) for message in messages]
+    window = Window(max_model_len, default_reserve_tokens(max_model_len), fixed_tokens=overheads.once)
+    prompt = send(template, Case(messages, tokens, window, retention_ratio=0.8), tokens_in)
+    assert prompt is not None
+    assert prompt.text.count("[AVAILABLE_TOOLS]") > 1

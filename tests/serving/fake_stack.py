@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from prometheus_client import CollectorRegistry
 
@@ -91,16 +91,20 @@ class StreamingOperation:
     """Streams like vLLM's chat endpoint: some frames, a frame for each output, `[DONE]`.
 
     The test says when an output comes (`say`, `fail`, `end`). As in vLLM a refusal becomes an error frame, and
-    leaving the frames early does not close the generator below them.
+    leaving the frames early does not close the generator below them. Every generator is kept, so that none is closed
+    by nothing but the garbage collector; `streams` and `started` count those that began, `closed` and `freed` those
+    that ended.
     """
 
     opening: Sequence[Frame] = ()
     media_type: str = "text/event-stream"
     generation: Generation = field(default_factory=new_generation)
+    streams: int = 0
+    closed: int = 0
     started: int = 0
     freed: int = 0
     _outputs: "asyncio.Queue[str | Exception | None]" = field(default_factory=asyncio.Queue)
-    _kept: list[AsyncGenerator[str, None]] = field(default_factory=list)  # so that nothing but a close closes them
+    _kept: list[AsyncGenerator[Any, None]] = field(default_factory=list)
 
     def say(self, *outputs: str) -> None:
         for output in outputs:
@@ -114,19 +118,25 @@ class StreamingOperation:
 
     async def __call__(self, call: Call) -> StreamReply:
         del call
-        return StreamReply(self._frames(), self.media_type, refusal_in)
+        frames = self._frames()
+        self._kept.append(frames)
+        return StreamReply(frames, self.media_type, refusal_in)
 
     async def _frames(self) -> AsyncGenerator[Frame, None]:
-        for frame in self.opening:
-            yield frame
-        outputs = self.generation.generate(demand(), self._engine)
-        self._kept.append(outputs)
+        self.streams += 1
         try:
-            async for output in outputs:
-                yield f"data: {output}\n\n"
-        except Refusal:
-            yield ERROR_FRAME
-        yield DONE_FRAME
+            for frame in self.opening:
+                yield frame
+            outputs = self.generation.generate(demand(), self._engine)
+            self._kept.append(outputs)
+            try:
+                async for output in outputs:
+                    yield f"data: {output}\n\n"
+            except Refusal:
+                yield ERROR_FRAME
+            yield DONE_FRAME
+        finally:
+            self.closed += 1
 
     async def _engine(self) -> AsyncGenerator[str, None]:
         self.started += 1
