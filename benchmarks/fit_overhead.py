@@ -2,7 +2,10 @@
 
 The engine keeps the model's tokenizer and template, but one layer of random weights, so that it takes little of a
 request's time and blurs it little. A history that fits is asked with `truncation` `auto` and `disabled`; one that is
-too long is asked whole and as the messages that are left of it. A pair's prompts are the same, and are cached.
+too long is asked whole and as the messages that are left of it, which gives the same prompt. The prompts are cached.
+
+What is too long is also asked without the engine: whole to `/v1/context/fit`, a dry run that counts, cuts and renders,
+and what is left of it to `/tokenize`, which renders.
 """
 
 import json
@@ -11,6 +14,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import httpx
@@ -29,6 +33,7 @@ _FLAGS: Final = (
     "--max-model-len", str(_WINDOW), "--block-size", "32",
     "--load-format", "dummy", "--hf-overrides", '{"num_hidden_layers": 1}',
 )  # fmt: skip
+_KIND: Final = "counselling-en"
 # English takes four to five bytes a token, so this much of the room is sure to fit, or fits only when counted.
 _SURE_SHARE: Final = 0.6
 _COUNTED_SHARE: Final = 3.0
@@ -37,23 +42,26 @@ _LEAST_EXCHANGE_TOKENS: Final = 32
 _LONG_BAR: Final = 1.3
 _PAIRS: Final = 400
 _QUICK_PAIRS: Final = 100
-_LONG_SHARE: Final = 4  # pairs of the long history are as many times fewer
 _WARM_UP: Final = 5
-_KIND: Final = "counselling-en"
-_REQUEST: Final = Metric("request_ms", "whole request, ms", "lower")
-_FIT_TIME: Final = "tidegate_context_fit_duration_seconds"
 _TIMEOUT_S: Final = 600.0
+_FIT_TIME: Final = "tidegate_context_fit_duration_seconds"
+
+_REQUEST: Final = Metric("request_ms", "request, ms", "lower")
+_DRY_RUN: Final = Metric("dry_run_ms", "without the engine, ms", "lower")
+
+Ask = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """A fitted request and what it is compared with. `history` is what the model sees of it."""
+    """Two ways to ask, each of which returns milliseconds. `seen` are the messages that the model sees."""
 
     load: str
-    fitted: bytes
-    other: bytes
-    history: Sequence[Message]
-    cut: bool = False
+    metric: Metric
+    fitted: Ask
+    other: Ask
+    seen: Sequence[Message]
+    bar: float | None = None
 
 
 class _Server:
@@ -62,28 +70,24 @@ class _Server:
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
 
-    def post(self, path: str, **body: Any) -> Any:
-        return self._client.post(path, json={"model": MODEL_NAME, **body}).raise_for_status().json()
+    def post(self, path: str, messages: Sequence[Message]) -> Any:
+        return self._client.post(path, json=_body(messages)).raise_for_status().json()
 
-    def ask_ms(self, body: bytes, *, cut: bool) -> float:
-        """The time of a chat. Raises `LoadFailed` where it is not fitted as it should be."""
+    def ask_ms(self, path: str, body: bytes, *, cut: bool = False) -> float:
+        """The time of a request. Raises `LoadFailed` where the history is not cut, or left whole, as it should be."""
         started_s = time.perf_counter()
-        answer = self._client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        answer = self._client.post(path, content=body, headers={"content-type": "application/json"})
         took_ms = (time.perf_counter() - started_s) * 1000
         if answer.status_code != httpx.codes.OK or ("x-context-truncated" in answer.headers) != cut:
             raise LoadFailed(f"{answer.status_code}, headers {dict(answer.headers)}: {answer.text[:300]}")
         return took_ms
 
-    def render_ms(self, messages: Sequence[Message], repeats: int) -> float:
-        """The median time that `/tokenize` takes for these messages more than for a single word."""
+    def chat(self, messages: Sequence[Message], truncation: str, *, cut: bool = False) -> Ask:
+        body = {**_body(messages), "max_tokens": 1, "temperature": 0, "truncation": truncation}
+        return partial(self.ask_ms, "/v1/chat/completions", _encoded(body), cut=cut)
 
-        def took_ms(asked: Sequence[Message]) -> float:
-            started_s = time.perf_counter()
-            self.post("/tokenize", messages=asked)
-            return (time.perf_counter() - started_s) * 1000
-
-        word = [{"role": "user", "content": "a"}]
-        return statistics.median(took_ms(messages) - took_ms(word) for _ in range(repeats))
+    def dry(self, path: str, messages: Sequence[Message]) -> Ask:
+        return partial(self.ask_ms, path, _encoded(_body(messages)))
 
     def fits(self) -> tuple[float, float]:
         """Number and seconds, so far, of the fits that had to count, by the server's own clock."""
@@ -98,8 +102,8 @@ def run(options: Options) -> Comparison:
     flags = (*_FLAGS, *options.engine_flags)
     rows: list[Row] = []
     notes = [
-        "A pair's two requests end in the same cached prompt and generate one token. Their times hold sending and "
-        "parsing the body, validating each message, rendering, the engine's step and the answer."
+        "A request's time is all of it: sending and parsing the body, validating every message, fitting, rendering, "
+        "the engine's step for one token, and the answer. Without the engine it is the dry run against `/tokenize`.",
     ]
     with (
         started(TIDEGATE, options.model, flags) as contender,
@@ -108,83 +112,87 @@ def run(options: Options) -> Comparison:
         say(f"tidegate ready after {contender.wait_until_ready():.1f} s")
         server = _Server(client)
         for case in _cases(server):
-            number = max(1, pairs // _LONG_SHARE) if case.cut else pairs
-            row, note = _measured(server, case, number, noise=options.noise)
+            row, note = _measured(server, case, pairs, noise=options.noise)
             rows.append(row)
             notes.append(note)
             say(note)
-    settings = {**shown_settings(options.model, flags), "pairs": pairs, "pairs_of_the_long_history": number}
-    return Comparison(("fitted", "again" if options.noise else "not fitted"), settings, rows, notes)
+    names = ("fitted", "again" if options.noise else "not fitted")
+    return Comparison(names, {**shown_settings(options.model, flags), "pairs": pairs}, rows, notes)
 
 
 def _cases(server: _Server) -> Iterator[_Case]:
     said = conversations.generate(_KIND, 0, _LONG_TOKENS // _LEAST_EXCHANGE_TOKENS)
 
     def count(messages: Sequence[Message]) -> int:
-        tokens: int = server.post("/tokenize", messages=messages)["count"]
+        tokens: int = server.post("/tokenize", messages)["count"]
         return tokens
 
     def history(size: int, of: Callable[[list[Message]], int]) -> list[Message]:
-        """The shortest one that has this size."""
+        """The shortest one of this size."""
         turns = range(len(said.exchanges))
         return said.messages(bisect_left(turns, size, key=lambda turn: of(said.messages(turn))))
 
-    for share, how in ((_SURE_SHARE, "that fit by their bytes"), (_COUNTED_SHARE, "that fit only when counted")):
+    for share, how in ((_SURE_SHARE, "fit by bytes"), (_COUNTED_SHARE, "fit when counted")):
         messages = history(int(share * (_WINDOW - _RESERVE_TOKENS)), _bytes)
-        load = f"{count(messages):,} tokens {how}"
-        yield _Case(load, _body(messages, "auto"), _body(messages, "disabled"), messages)
+        asks = server.chat(messages, "auto"), server.chat(messages, "disabled")
+        yield _Case(f"{count(messages):,} tokens, {how}", _REQUEST, *asks, messages)
     messages = history(_LONG_TOKENS, count)
-    kept = [messages[i] for i in server.post("/v1/context/fit", messages=messages)["kept_messages"]]
-    load = f"{count(messages):,} tokens in {len(messages):,} messages, cut to {count(kept):,} tokens"
-    yield _Case(load, _body(messages, "auto"), _body(kept, "disabled"), kept, cut=True)
+    kept = [messages[i] for i in server.post("/v1/context/fit", messages)["kept_messages"]]
+    load = f"{count(messages):,} tokens, cut to {count(kept):,}"
+    asks = server.chat(messages, "auto", cut=True), server.chat(kept, "disabled")
+    yield _Case(load, _REQUEST, *asks, kept, _LONG_BAR)
+    yield _Case(load, _DRY_RUN, server.dry("/v1/context/fit", messages), server.dry("/tokenize", kept), kept, _LONG_BAR)
 
 
 def _bytes(messages: Sequence[Message]) -> int:
     return sum(len(message["content"].encode()) for message in messages)
 
 
-def _body(messages: Sequence[Message], truncation: str) -> bytes:
-    body = {"model": MODEL_NAME, "messages": messages, "max_tokens": 1, "temperature": 0, "truncation": truncation}
+def _body(messages: Sequence[Message]) -> dict[str, Any]:
+    return {"model": MODEL_NAME, "messages": messages}
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
     return json.dumps(body, ensure_ascii=False).encode()
 
 
 def _measured(server: _Server, case: _Case, pairs: int, *, noise: bool) -> tuple[Row, str]:
     """Ask in pairs; every other pair begins with the other request."""
-
-    def fitted_ms() -> float:
-        return server.ask_ms(case.other, cut=False) if noise else server.ask_ms(case.fitted, cut=case.cut)
-
-    def other_ms() -> float:
-        return server.ask_ms(case.other, cut=False)
-
+    asks = (case.other if noise else case.fitted), case.other
     for _ in range(_WARM_UP):
-        fitted_ms(), other_ms()
+        for ask in asks:
+            ask()
     fits, fit_s = server.fits()
     first, second = list[float](), list[float]()
     for number in range(pairs):
-        for ask_ms, times in ((fitted_ms, first), (other_ms, second))[:: 1 if number % 2 == 0 else -1]:
-            times.append(ask_ms())
-    fits, fit_s = server.fits()[0] - fits, server.fits()[1] - fit_s
-    counted_ms = fit_s / fits * 1000 if fits else None
-    row = Row(case.load, _REQUEST, first, second)
-    return row, _note(case, row, counted_ms, server.render_ms(case.history, pairs))
+        for ask, times_ms in list(zip(asks, (first, second), strict=True))[:: 1 if number % 2 == 0 else -1]:
+            times_ms.append(ask())
+    more_fits, more_s = server.fits()
+    row = Row(case.load, case.metric, first, second)
+    note = _note(case, row, _render_ms(server, case.seen, pairs))
+    if more_fits > fits:
+        clock_ms = (more_s - fit_s) / (more_fits - fits) * 1000
+        note += f" By the server's own clock counting and planning took {clock_ms:.2f} ms."
+    return row, note
 
 
-def _note(case: _Case, row: Row, counted_ms: float | None, render_ms: float) -> str:
-    clock = "" if counted_ms is None else f" Counting and planning took {counted_ms:.2f} ms by the server's own clock."
-    render = f"a render of what the model sees takes {render_ms:.2f} ms (`/tokenize`, with its larger body and answer)"
-    if case.cut:
+def _render_ms(server: _Server, messages: Sequence[Message], repeats: int) -> float:
+    """The median time that `/tokenize` takes for these messages more than for a single word."""
+    whole, word = server.dry("/tokenize", messages), server.dry("/tokenize", [{"role": "user", "content": "a"}])
+    return statistics.median(whole() - word() for _ in range(repeats))
+
+
+def _note(case: _Case, row: Row, render_ms: float) -> str:
+    name = f"{case.load}, {case.metric.label.removesuffix(', ms')}"
+    render = f"A render of what the model sees takes {render_ms:.2f} ms (`/tokenize`, beyond its time for one word)."
+    if case.bar is not None:
         ratio = statistics.median(row.ratios)
-        held = "met" if ratio < _LONG_BAR else "not met"
-        return (
-            f"{case.load}: {ratio:.2f} times the request of what is left (bar: < {_LONG_BAR}, {held}); {render}.{clock}"
-        )
-    added_us = [(ours - theirs) * 1000 for ours, theirs in zip(row.first, row.second, strict=True)]
-    low, high = median_interval(added_us)
-    median = statistics.median(added_us)
+        return f"{name}: ratio {ratio:.2f}, bar < {case.bar} {'met' if ratio < case.bar else 'not met'}. {render}"
+    added_ms = [ours - theirs for ours, theirs in zip(row.first, row.second, strict=True)]
+    median, (low, high) = statistics.median(added_ms), median_interval(added_ms)
     return (
-        f"{case.load}: fitting adds {median:.0f} µs ({low:.0f} to {high:.0f}), and {render}: "
-        f"{median / render_ms / 10:.1f} %.{clock}"
+        f"{name}: fitting adds {median:.3f} ms ({low:.3f} to {high:.3f}), which is {median / render_ms:.1%} "
+        f"({low / render_ms:.1%} to {high / render_ms:.1%}) of a render. {render}"
     )
 
 

@@ -123,13 +123,9 @@ async def test_a_refusal_before_the_first_output_is_a_status_although_frames_wer
         client = await desk.answered(ScriptedClient(body=TOOLS))
     assert client.status == 429
     assert json.loads(client.text)["error"]["message"] == "Slow down."
-    assert client.headers == {
-        "content-type": "application/json",
-        "content-length": str(len(client.text)),
-        "retry-after": "2",
-        "retry-after-ms": "1500",
-        "x-tools-ignored": "1",
-    }
+    assert client.headers["content-length"] == str(len(client.text))
+    expected = {"retry-after": "2", "retry-after-ms": "1500", "x-tools-ignored": "1"}
+    assert expected.items() <= client.headers.items()
 
 
 async def test_an_error_frame_that_comes_first_is_a_status() -> None:

@@ -66,7 +66,7 @@ class RunningServer:
         raise AssertionError(f"the engine was still busy after {timeout_s} s")
 
     def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        return list(psutil.Process(self.process.pid).children(recursive=True))
 
     def stop(self, timeout_s: float = 60.0) -> int:
         """SIGTERM and the exit code."""

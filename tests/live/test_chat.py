@@ -8,11 +8,11 @@ from openai import OpenAI
 
 pytestmark = pytest.mark.engine
 
-_SEA = [{"role": "user", "content": "Write one sentence about the sea."}]
+_SEA: list[Any] = [{"role": "user", "content": "Write one sentence about the sea."}]
 
 
 def test_a_chat_answers_in_words(client: OpenAI, model_name: str) -> None:
-    answer = client.chat.completions.create(model=model_name, messages=_SEA, max_tokens=24, temperature=0)  # type: ignore[arg-type]
+    answer = client.chat.completions.create(model=model_name, messages=_SEA, max_tokens=24, temperature=0)
     assert answer.model == model_name
     assert "sea" in (answer.choices[0].message.content or "").lower()
     assert answer.usage is not None
@@ -36,7 +36,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(client: OpenAI, mod
         messages=_SEA,
         max_tokens=64,
         temperature=0,
-        stop=[" is", " a"],  # type: ignore[arg-type]
+        stop=[" is", " a"],
     )
     content = answer.choices[0].message.content or ""
     assert answer.choices[0].finish_reason == "stop"
@@ -45,7 +45,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(client: OpenAI, mod
 
 
 def test_n_gives_that_many_choices(client: OpenAI, model_name: str) -> None:
-    answer = client.chat.completions.create(model=model_name, messages=_SEA, max_tokens=4, n=3, temperature=1.0)  # type: ignore[arg-type]
+    answer = client.chat.completions.create(model=model_name, messages=_SEA, max_tokens=4, n=3, temperature=1.0)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
 
 
@@ -62,7 +62,7 @@ def test_logprobs_cover_every_token(client: OpenAI, model_name: str) -> None:
         max_tokens=5,
         temperature=0,
         logprobs=True,
-        top_logprobs=3,  # type: ignore[arg-type]
+        top_logprobs=3,
     )
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None

@@ -52,7 +52,7 @@ def _stream_in_background(server: RunningServer, max_tokens: int) -> tuple[threa
 
 def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     _, alive = psutil.wait_procs(processes, timeout=3)
-    return alive
+    return list(alive)
 
 
 def test_it_is_live_at_once_and_tells_its_stage_until_it_is_ready(start_tiny: StartTiny) -> None:

@@ -13,7 +13,7 @@ from tests.live.running_server import RunningServer, start_server
 
 pytestmark = pytest.mark.engine
 
-_TOOL: dict[str, Any] = {
+_TOOL: Any = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -54,7 +54,7 @@ def test_a_forced_call_on_a_model_without_a_tool_template_keeps_to_the_schema(
         tools=[_TOOL],
         tool_choice=choice,
         max_tokens=120,
-        temperature=0.5,  # type: ignore[list-item]
+        temperature=0.5,
     )
     calls = answer.choices[0].message.tool_calls
     assert calls
@@ -69,9 +69,10 @@ def test_a_forced_call_streams_arguments_that_keep_to_the_schema(client: OpenAI,
         tools=[_TOOL],
         tool_choice=_NAMED,
         max_tokens=120,
-        stream=True,  # type: ignore[list-item]
+        stream=True,
     )
-    deltas = [call for chunk in stream if chunk.choices for call in chunk.choices[0].delta.tool_calls or ()]
+    chunks: Any = stream
+    deltas = [call for chunk in chunks if chunk.choices for call in chunk.choices[0].delta.tool_calls or ()]
     _assert_valid("".join(call.function.arguments or "" for call in deltas if call.function))
 
 

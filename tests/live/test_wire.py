@@ -14,7 +14,7 @@ from tests.live.running_server import RunningServer
 
 pytestmark = pytest.mark.engine
 
-_HI = [{"role": "user", "content": "Hi"}]
+_HI: Any = [{"role": "user", "content": "Hi"}]
 _LONG: dict[str, Any] = {"messages": _HI, "max_tokens": 4000, "ignore_eos": True}
 
 
@@ -32,14 +32,14 @@ def _error(response: httpx.Response) -> dict[str, Any]:
 
 def test_an_unknown_model_is_a_404_for_the_sdk(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as raised:
-        client.chat.completions.create(model="nobody", messages=_HI)  # type: ignore[arg-type]
+        client.chat.completions.create(model="nobody", messages=_HI)
     assert raised.value.code == "model_not_found"
     assert raised.value.param == "model"
 
 
 def test_an_error_before_the_first_frame_is_a_status_also_for_a_stream(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="nobody", messages=_HI, stream=True)  # type: ignore[call-overload]
+        client.chat.completions.create(model="nobody", messages=_HI, stream=True)
 
 
 @pytest.mark.parametrize(

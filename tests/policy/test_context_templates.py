@@ -41,6 +41,7 @@ REWRITES_THE_LAST_TURN: Final = {
 }
 MOVES_INSTRUCTIONS_TO_THE_FRONT: Final = {"deepseek"}
 
+some_examples = settings(max_examples=12, deadline=None)
 each_template = pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 
 
@@ -109,6 +110,15 @@ PROBES: Final = (
 )
 
 
+def one_left_out() -> Iterator[tuple[str, list[Message], list[Message]]]:
+    """Every beginning of a probe without one of its messages, and with it; and that message's role."""
+    for probe in PROBES:
+        for i, message in enumerate(probe):
+            if message not in CARRYING:
+                for end in range(i + 1, len(probe) + 1):
+                    yield message["role"], probe[:i] + probe[i + 1 : end], probe[:end]
+
+
 @cache
 def measure_overheads(template: Template, tokens_in: TokensIn) -> Overheads:
     """The most that one message, or call, added to any conversation of a few that the template takes."""
@@ -125,10 +135,8 @@ def measure_overheads(template: Template, tokens_in: TokensIn) -> Overheads:
         return 0 if less is None or more is None else more - less
 
     roles = dict.fromkeys(("system", "user", "assistant", "tool"), 0)
-    for probe, i in ((probe, i) for probe in PROBES for i, message in enumerate(probe) if message not in CARRYING):
-        for end in range(i + 1, len(probe) + 1):
-            role = probe[i]["role"]
-            roles[role] = max(roles[role], added([*probe[:i], *probe[i + 1 : end]], probe[:end]))
+    for role, before, after in one_left_out():
+        roles[role] = max(roles[role], added(before, after))
     call = max(0, added([USER], [USER, CALL]) - roles["assistant"], added([USER, CALL], [USER, TWO_CALLS]))
     around = Overheads(roles, call).around
     starts = [probe[:end] for probe in PROBES for end in range(1, len(probe) + 1)]
@@ -139,17 +147,8 @@ def measure_overheads(template: Template, tokens_in: TokensIn) -> Overheads:
 # Histories
 
 WORDS: Final = (
-    *("the tide rises and falls twice a day because of the moon").split(),
-    *(
-        "潮位",
-        "Gezeitenhub",
-        "🌊",
-        "3.14159",
-        "https://example.org/tides?day=1",
-        "\n\n",
-        '{"h": [1, 2]}',
-        "if x:\n\treturn",
-    ),
+    *("The tide", "rises", "and falls", "twice a day", "because", "of", "the moon.", "潮位", "Gezeitenhub", "🌊"),
+    *("3.14159", "https://example.org/tides?day=1", "\n\n", '{"high": [1, 2]}', "if high:\n\treturn", "C:\\tides"),
 )
 MARK: Final = re.compile(r"mark\d{3}")
 
@@ -298,10 +297,6 @@ def marks(text: str) -> set[str]:
     return set(MARK.findall(text))
 
 
-def for_chats(test: Callable[..., None]) -> Callable[..., None]:
-    return each_template(settings(max_examples=12, deadline=None)(given(chat=chats)(test)))
-
-
 # Templates
 
 
@@ -309,7 +304,11 @@ def for_chats(test: Callable[..., None]) -> Callable[..., None]:
 def test_a_template_renders_as_transformers_renders_it(template: Template, tokenizer: Any) -> None:
     messages = [*[SYSTEM] * template.takes_system, USER, REPLY, NEXT_USER]
     expected = tokenizer.apply_chat_template(
-        messages, tools_of(template), template.text, tokenize=False, add_generation_prompt=True
+        messages,
+        tools=tools_of(template),
+        chat_template=template.text,
+        tokenize=False,
+        add_generation_prompt=True,
     )
     assert template.render(messages, tools_of(template)) == expected
 
@@ -326,14 +325,18 @@ def test_a_template_is_what_it_is_said_to_be(template: Template) -> None:
 # Properties
 
 
-@for_chats
+@each_template
+@some_examples
+@given(chat=chats)
 def test_estimates_are_hardly_ever_too_low(template: Template, tokens_in: TokensIn, chat: Chat) -> None:
     case = chat.case(template, tokens_in)
     rendered = tokens_in(template.render(case.messages, tools_of(template)))
     assert sum(case.tokens) + case.window.fixed_tokens >= 0.97 * rendered
 
 
-@for_chats
+@each_template
+@some_examples
+@given(chat=chats)
 def test_a_kept_history_is_a_prompt_that_fits(template: Template, tokens_in: TokensIn, chat: Chat) -> None:
     for prompt in chat.prompts(template, tokens_in):
         if prompt is not None:
@@ -341,7 +344,9 @@ def test_a_kept_history_is_a_prompt_that_fits(template: Template, tokens_in: Tok
             assert prompt.rounds <= 2
 
 
-@for_chats
+@each_template
+@some_examples
+@given(chat=chats)
 def test_a_prompt_shows_what_was_kept_and_nothing_else(template: Template, tokens_in: TokensIn, chat: Chat) -> None:
     for prompt in chat.prompts(template, tokens_in):
         if prompt is not None:
@@ -355,7 +360,9 @@ def test_a_prompt_shows_what_was_kept_and_nothing_else(template: Template, token
             assert {call_of(messages, i) for i in kept if messages[i]["role"] == "tool"} <= set(kept)
 
 
-@for_chats
+@each_template
+@some_examples
+@given(chat=chats)
 def test_a_prompt_starts_with_the_one_before_or_a_cut_left_room(
     template: Template, tokens_in: TokensIn, chat: Chat
 ) -> None:

@@ -142,6 +142,7 @@ import structlog
 from server.telemetry import logs
 
 logs.configure(json_lines=True, level="info")
+structlog.get_logger("server.test").info("before")
 logging.config.dictConfig(json.loads(Path(sys.argv[1]).read_text()))
 engine = logging.getLogger("vllm.v1.engine.core")
 engine.debug("too fine")
@@ -150,7 +151,7 @@ try:
     raise ValueError("No available memory for the cache blocks.")
 except ValueError:
     engine.exception("EngineCore failed to start.")
-structlog.get_logger("server.test").info("ours")
+structlog.get_logger("server.test").info("after")
 """
 
 
@@ -167,11 +168,12 @@ def test_vllms_processes_write_the_same_lines_and_ours_go_on(tmp_path: Path) -> 
     stderr, _ = run_engine_process(tmp_path)
     events = [json.loads(line) for line in stderr.splitlines()]
     assert [(event["logger"], event["event"]) for event in events] == [
+        ("server.test", "before"),
         ("vllm.v1.engine.core", "loading weights"),
         ("vllm.v1.engine.core", "EngineCore failed to start."),
-        ("server.test", "ours"),
+        ("server.test", "after"),
     ]
-    assert events[1]["exception"].endswith("ValueError: No available memory for the cache blocks.")
+    assert events[2]["exception"].endswith("ValueError: No available memory for the cache blocks.")
 
 
 def test_vllms_errors_alone_are_kept_in_the_error_log_with_their_traceback(tmp_path: Path) -> None:
