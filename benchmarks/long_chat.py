@@ -8,7 +8,7 @@ The same histories are asked in three ways, turn by turn, on the same engine set
 
 The answers in the histories are fixed texts, so that all three see the same; a turn generates only a few tokens.
 Counting for the client that drops turns is not charged to it. The last two share a server, and a salt at the start of
-each system prompt keeps their cached prefixes apart.
+each system prompt keeps their cached prefixes apart. Before each request both servers come to rest.
 """
 
 import json
@@ -18,7 +18,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +31,7 @@ from benchmarks.comparison import say
 from benchmarks.contenders import MODEL_NAME, Contender, ContenderFailed, shown_settings, started
 from benchmarks.conversations import Conversation, Message
 from benchmarks.load import LoadFailed
-from benchmarks.long_chat_report import DROP_OLDEST, SLICING, TIDEGATE, Report, Turn, plot
+from benchmarks.long_chat_report import DROP_OLDEST, SLICING, TIDEGATE, WAYS, Report, Turn, plot
 
 _MAX_TOKENS: Final = 8
 _MAX_RESERVE_TOKENS: Final = 1024
@@ -106,6 +105,26 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """Both servers, and the ways that ask them. `counter` is the client that counts tokens."""
+
+    servers: Sequence[Contender]
+    ways: Sequence[Way]
+    counter: httpx.Client
+
+    def count(self, messages: list[Message]) -> int:
+        """The tokens of a chat as the template prints it."""
+        answer = self.counter.post("/tokenize", json={"model": MODEL_NAME, "messages": messages}).raise_for_status()
+        tokens: int = answer.json()["count"]
+        return tokens
+
+    def rest(self) -> None:
+        """Wait until no engine spins: two of the ways share one, and would find it awake, and ours never."""
+        for server in self.servers:
+            server.wait_until_idle()
+
+
+@dataclass(frozen=True, slots=True)
 class _Answer:
     """`dropped_messages` is what the server says that it left out."""
 
@@ -120,21 +139,21 @@ def run(plan: Plan, model: str, engine_flags: Sequence[str]) -> Report:
     flags = (
         "--max-model-len", str(plan.window), "--block-size", "32", "--enable-prompt-tokens-details", *engine_flags,
     )  # fmt: skip
-    with ExitStack() as stack:
+    with ExitStack() as opened:
         kinds = (contenders.TIDEGATE, contenders.PLAIN)
-        servers = [stack.enter_context(started(kind, model, flags)) for kind in kinds]
+        servers = [opened.enter_context(started(kind, model, flags)) for kind in kinds]
         for server in servers:
             say(f"{server.name} ready after {server.wait_until_ready():.1f} s (both were starting)")
-        ours, plain = (stack.enter_context(_client(server)) for server in servers)
+        ours, plain = (opened.enter_context(_client(server)) for server in servers)
         _check_cache(plain, plan.window)
-        count, ways = partial(_count, plain), _ways(plan, ours, plain)
-        turns = [turn for replay in _replays(plan, count) for turn in _replayed(replay, plan, ways, count)]
+        stage = Stage(servers, _ways(plan, ours, plain), plain)
+        turns = [turn for replay in _replays(plan, stage) for turn in _replayed(replay, plan, stage)]
     if not turns:
         raise LoadFailed("No conversation goes past the window. Give other data, or a smaller --window.")
     settings = {**shown_settings(model, flags), **_shown(plan)}
     replayed = len({turn.conversation for turn in turns})
     notes = [
-        f"{len(turns) // len(ways)} turns past the window of {plan.window} tokens, in {replayed} conversations; one "
+        f"{len(turns) // len(WAYS)} turns past the window of {plan.window} tokens, in {replayed} conversations; one "
         "conversation at a time, so nothing else competes for the prefix cache.",
         "TTFT is all that a request takes: sending and parsing the history, fitting and rendering it, and the prefill.",
     ]
@@ -166,13 +185,6 @@ def _check_cache(plain: httpx.Client, window: int) -> None:
         )
 
 
-def _count(plain: httpx.Client, messages: list[Message]) -> int:
-    """The tokens of a chat as the template prints it."""
-    answer = plain.post("/tokenize", json={"model": MODEL_NAME, "messages": messages}).raise_for_status()
-    tokens: int = answer.json()["count"]
-    return tokens
-
-
 def _ways(plan: Plan, ours: httpx.Client, plain: httpx.Client) -> tuple[Way, ...]:
     # Every answer is the same word: no token without text, and none that ends the answer, blurs the first one's time.
     word = plain.post("/tokenize", json={"prompt": _ONLY_WORD, "add_special_tokens": False}).raise_for_status()
@@ -188,12 +200,12 @@ def _ways(plan: Plan, ours: httpx.Client, plain: httpx.Client) -> tuple[Way, ...
     return Way(TIDEGATE, ours, fields), Way(SLICING, plain, {**fields, **sliced}), Way(DROP_OLDEST, plain, fields)
 
 
-def _replays(plan: Plan, count: Count) -> Iterator[Replay]:
+def _replays(plan: Plan, stage: Stage) -> Iterator[Replay]:
     """The conversations that go past the window, with their turns from the last one within it."""
     number = 0
     for given in plan.material():
-        conversation = _without_endless_questions(given, plan.budget, count)
-        past = _first_turn_past(plan.window, conversation, count)
+        conversation = _without_endless_questions(given, plan.budget, stage.count)
+        past = _first_turn_past(plan.window, conversation, stage.count)
         if not 0 < past < len(conversation.exchanges):
             continue
         turns = range(past - 1, min(past + plan.turns, len(conversation.exchanges)))
@@ -220,13 +232,14 @@ def _without_endless_questions(conversation: Conversation, budget: int, count: C
     return replace(conversation, exchanges=[conversation.exchanges[turn] for turn in asked if fits(turn)])
 
 
-def _replayed(replay: Replay, plan: Plan, ways: Sequence[Way], count: Count) -> Iterator[Turn]:
+def _replayed(replay: Replay, plan: Plan, stage: Stage) -> Iterator[Turn]:
     """Ask the turns of one conversation in every way; each turn begins with another way."""
     dropped, cuts = 0, dict[str, int | None]()
     for turn in replay.turns:
-        dropped = _drop_oldest(replay.conversation, turn, dropped, lambda messages: count(messages) <= plan.budget)
-        first = turn % len(ways)
-        for way in (*ways[first:], *ways[:first]):
+        dropped = _drop_oldest(replay.conversation, turn, dropped, lambda prompt: stage.count(prompt) <= plan.budget)
+        first = turn % len(stage.ways)
+        for way in (*stage.ways[first:], *stage.ways[:first]):
+            stage.rest()
             answer = _ask(way, way.messages(replay, turn, dropped))
             cut = {TIDEGATE: answer.dropped_messages, SLICING: None, DROP_OLDEST: 2 * dropped}[way.name]
             if turn != replay.turns.start:
@@ -280,7 +293,7 @@ def _ask(way: Way, messages: list[Message]) -> _Answer:
     return _Answer(ttft_s, usage["prompt_tokens"], cached, int(told[1]) if told else 0)
 
 
-_FULL: Final = {"turns": 24, "conversations": 8}
+_FULL: Final = {"turns": 24, "conversations": 4}
 _QUICK: Final = {"turns": 6, "conversations": 4}
 
 
@@ -289,7 +302,7 @@ _QUICK: Final = {"turns": 6, "conversations": 4}
 @click.option("--model", help="Model folder or name. [default: the embedded model]")
 @click.option("--window", type=click.IntRange(512), default=2048, show_default=True, help="Tokens a model can see.")
 @click.option("--turns", type=click.IntRange(1), help="Turns past the window, by conversation. [default: 24, quick 6]")
-@click.option("--conversations", type=click.IntRange(1), help="Conversations replayed. [default: 8, quick 4]")
+@click.option("--conversations", type=click.IntRange(1), help="Conversations replayed. [default: 4]")
 @click.option(
     "--kind", "kinds", type=click.Choice(conversations.KINDS), multiple=True, help="Repeatable. [default: all]"
 )

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.comparison import Metric, machine
+from benchmarks.comparison import Better, Metric, machine
 
 TIDEGATE: Final = "tidegate"
 SLICING: Final = "token slicing"
@@ -36,7 +36,8 @@ _METRICS: Final = (
     Metric("other_ttft_p50_ms", "TTFT p50 of the others, ms", "lower"),
     Metric("other_ttft_p90_ms", "TTFT p90 of the others, ms", "lower"),
 )
-_TABLE_WIDTH: Final = 150
+_ARROWS: Final[Mapping[Better, str]] = {"higher": "↑", "lower": "↓"}
+_TABLE_WIDTH: Final = 160
 _LONG_WINDOW: Final = 8192
 _COLOURS: Final = ("#0072b2", "#d55e00", "#7f7f7f")  # told apart by colour-blind readers too
 
@@ -146,7 +147,7 @@ class Report:
         console.print(self._overall())
         if len(self._kinds()) > 1:
             console.print(self._by_kind())
-        for note in self.notes:
+        for note in ("↑ higher is better, ↓ lower is better.", *self.notes):
             console.print(note, highlight=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -175,12 +176,12 @@ class Report:
             ratios = [ratio(values[0], value) for value in values[1:]]
             bar = limits.get(metric.key)
             held = ("", "") if bar is None else (str(bar), "yes" if bar.met(figures) else "no")
-            table.add_row(f"{metric.label} ({metric.better} is better)", *map(_shown, values + ratios), *held)
+            table.add_row(f"{metric.label} {_ARROWS[metric.better]}", *map(_shown, values + ratios), *held)
         return table
 
     def _by_kind(self) -> Table:
-        ratios = (f"{_PREFILL.label} / {DROP_OLDEST}", f"TTFT p50 / {SLICING}", f"TTFT p50 / {DROP_OLDEST}")
-        hits = tuple(f"{_HIT.label}, {way}" for way in WAYS)
+        ratios = (f"prefill / {DROP_OLDEST}", f"TTFT p50 / {SLICING}", f"TTFT p50 / {DROP_OLDEST}")
+        hits = tuple(f"hit rate, {way}" for way in WAYS)
         table = _table(("conversations",), ("turns", *hits, *ratios))
         for kind, turns in self._kinds().items():
             figures = figures_of(turns)
@@ -220,7 +221,8 @@ _LEFT: Final = 64
 _RIGHT: Final = _WIDTH - 16
 _TOP: Final = 56
 _BOTTOM: Final = _HEIGHT - 44
-_GRID_LINES: Final = 4
+_GRID_LINES: Final = 5
+_GRID_STEPS: Final = (1, 2, 2.5, 5, 10)
 
 
 def plot(turns: Sequence[Turn], title: str, file: Path) -> None:
@@ -232,8 +234,8 @@ def _drawn(turns: Sequence[Turn], title: str) -> Iterable[str]:
     series = {way: [turn for turn in turns if turn.way == way] for way in WAYS}
     count = len(series[TIDEGATE])
     longest = max(turn.prefill_tokens for turn in turns)
-    step = 10.0 ** math.floor(math.log10(longest))
-    highest = step * math.ceil(longest / step)
+    power = 10.0 ** math.floor(math.log10(longest / _GRID_LINES))
+    highest = _GRID_LINES * next(power * step for step in _GRID_STEPS if power * step * _GRID_LINES >= longest)
 
     def x(place: float) -> float:
         return _LEFT + (_RIGHT - _LEFT) * (place + 0.5) / count

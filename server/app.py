@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from fastapi import Request, Response
 from fastapi.middleware.cors import CORSMiddleware
+from prometheus_client import REGISTRY, CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -47,9 +48,11 @@ class Application:
     generation: Generation
 
 
-def build_application(settings: Settings, versions: Mapping[str, str]) -> Application:
+def build_application(
+    settings: Settings, versions: Mapping[str, str], registry: CollectorRegistry = REGISTRY
+) -> Application:
     """Everything but the engine, which is loaded while this already answers."""
-    slot, requests, figures = EngineSlot(), OpenRequests(), Metrics()
+    slot, requests, figures = EngineSlot(), OpenRequests(), Metrics(registry)
     fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
     rules = BodyRules(
         opened_fields=frozenset(settings.allow_client_field),

@@ -76,7 +76,7 @@ class Process:
         json_lines: bool,
     ) -> None:
         self._settings = settings
-        self._flags = (*((settings.model,) if settings.model else ()), *settings.vllm_flags, *vllm_args)
+        self._flags = _all_flags(settings, vllm_args)
         self._scratch = scratch
         self._json_lines = json_lines
         self._app: Application = build_application(settings, versions)
@@ -201,6 +201,17 @@ class _HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+
+def _all_flags(settings: Settings, vllm_args: Sequence[str]) -> tuple[str, ...]:
+    """vLLM's flags, the file's before the command line's, so that the latter win.
+
+    A model that opens the command line stays in front: after a flag that takes a list it would be one more item.
+    """
+    named = ("--model", settings.model) if settings.model else ()
+    opens_with_model = bool(vllm_args) and not vllm_args[0].startswith("-")
+    first, rest = (vllm_args[:1], vllm_args[1:]) if opens_with_model else ((), vllm_args)
+    return (*first, *named, *settings.vllm_flags, *rest)
 
 
 def _say_why(sentence: str) -> None:

@@ -170,11 +170,15 @@ def load_settings(flags: Mapping[str, Any], file: Path | None) -> Settings:
         model_config = SettingsConfigDict(toml_file=_checked(file))
 
     try:
-        return FromFile(**flags)
+        settings = FromFile(**flags)
     except ValidationError as error:
         raise SettingsError(_sentence(error)) from error
     except UnreadableVariable as error:
         raise SettingsError(f"{str(error).capitalize()}: write it as JSON.") from error
+    for name in settings.vllm:
+        if (field := name.replace("-", "_")) in Settings.model_fields:
+            raise SettingsError(f"`{name}` in [vllm] is Tidegate's own setting: write `{field}` above the tables.")
+    return settings
 
 
 def flag_name(field: str) -> str:

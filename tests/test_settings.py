@@ -199,3 +199,7 @@ def test_a_flag_is_the_fields_name_unless_vllm_calls_it_otherwise() -> None:
     assert flag_name("drain_timeout_s") == "--drain-timeout"
     assert switch_off_alias("docs") == "--disable-fastapi-docs"
     assert switch_off_alias("port") is None
+
+
+def test_a_setting_of_ours_in_the_vllm_table_is_refused_and_not_ignored(settings_file: SettingsFile) -> None:
+    assert "port" in sentence({}, settings_file("[vllm]\nport = 9000"))

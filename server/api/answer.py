@@ -62,7 +62,7 @@ class OwnedResponse(Response):
                 await self._answer(call, opened)
             opened.client_left = self._client.client_left
         except Refusal as refusal:
-            await self._refuse(opened.refusal or refusal, opened)
+            await self._refuse(refusal, opened)
         except ClientLeft:
             opened.client_left = True
 

@@ -18,7 +18,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.parser import ParserManager
 from vllm.platforms import current_platform
+from vllm.reasoning import ReasoningParserManager
 from vllm.tokenizers import TokenizerLike
+from vllm.tool_parsers import ToolParserManager
 from vllm.transformers_utils.config import get_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -46,6 +48,13 @@ _REFUSED_FLAGS: Final[Mapping[str, str]] = {
     "enable_ssl_refresh": "Restart the server to load new certificates, or end TLS in a proxy.",
     "data_parallel_multi_port_external_lb": "Start one Tidegate per rank instead.",
     "middleware": "Put a proxy before the server instead.",
+    "enable_offline_docs": "The pages under /docs load their scripts from the network.",
+    "uvicorn_log_level": "Use --log-level.",
+    "disable_access_log_for_endpoints": "Probes are left out of the access log already; --no-access-log ends it.",
+    "h11_max_incomplete_event_size": "The server's HTTP parser has limits of its own.",
+    "h11_max_header_count": "The server's HTTP parser has limits of its own.",
+    "sse_keep_alive_interval": "Use --keep-alive-s.",
+    "shutdown_timeout": "Use --drain-timeout.",
 }
 
 
@@ -70,6 +79,8 @@ class _Parser(FlexibleArgumentParser):
 
     def _hint(self, message: str) -> str:
         flags = [flag for action in self._actions for flag in action.option_strings]
+        if not message.startswith("unrecognized"):
+            return ""
         unknown = [word for word in message.split() if word.startswith("-")]
         near = difflib.get_close_matches(unknown[0], flags, n=1) if unknown else []
         return f" Did you mean {near[0]}?" if near else " `tidegate serve --help` lists Tidegate's flags."
@@ -85,7 +96,7 @@ def parse_arguments(flags: Sequence[str]) -> Namespace:
 
     Raises `StartFailure` for unknown or refused flags.
     """
-    parser = make_arg_parser(_Parser(prog="tidegate serve", add_help=False))
+    parser = make_arg_parser(_Parser(prog="tidegate serve", add_help=False, allow_abbrev=False))
     parser.set_defaults(
         model=None,
         max_model_len=_AUTO_MAX_MODEL_LEN,
@@ -93,10 +104,13 @@ def parse_arguments(flags: Sequence[str]) -> Namespace:
         enable_prompt_tokens_details=True,  # clients see how much of a prompt came from the prefix cache
         enforce_eager=current_platform.is_cpu(),  # compiling for a CPU takes longer than it gives back on start
     )
-    args = parser.parse_args(_without_auto(flags))
+    try:
+        args = parser.parse_args(_without_auto(flags))
+    except (OSError, ValueError) as error:  # its --config file
+        raise StartFailure(f"--config: {error}.") from error
     args.model = args.model_tag or args.model
     for name, reason in _REFUSED_FLAGS.items():
-        if getattr(args, name, None):
+        if getattr(args, name, None) != parser.get_default(name):
             raise StartFailure(f"--{name.replace('_', '-')} is not supported. {reason}")
     if (args.api_server_count or 1) > 1:
         raise StartFailure("--api-server-count above 1 is not supported yet. Start several replicas instead.")
@@ -107,9 +121,10 @@ def _without_auto(flags: Sequence[str]) -> list[str]:
     """Drop `--tensor-parallel-size auto`, which is the default and which vLLM's parser does not know."""
     kept: list[str] = []
     for flag in flags:
-        if flag in {"--tensor-parallel-size=auto", "-tp=auto"}:
+        spelled = flag.replace("_", "-")
+        if spelled in {"--tensor-parallel-size=auto", "-tp=auto"}:
             continue
-        if flag == "auto" and kept and kept[-1] in {"--tensor-parallel-size", "-tp"}:
+        if flag == "auto" and kept and kept[-1].replace("_", "-") in {"--tensor-parallel-size", "-tp"}:
             kept.pop()
             continue
         kept.append(flag)
@@ -188,6 +203,8 @@ def _complete_parsers(args: Namespace, config: PretrainedConfig) -> bool:
     )
     named_in_config = args.structured_outputs_config.reasoning_parser
     args.reasoning_parser = args.reasoning_parser or named_in_config or choice.reasoning_parser or ""
+    _refuse_unknown_parser("--tool-call-parser", args.tool_call_parser, ToolParserManager.list_registered())
+    _refuse_unknown_parser("--reasoning-parser", args.reasoning_parser, ReasoningParserManager.list_registered())
     named = args.tool_call_parser or choice.tool_call_parser
     args.tool_call_parser = named or _FORCED_CALLS_PARSER
     args.enable_auto_tool_choice = True
@@ -198,6 +215,12 @@ def _complete_parsers(args: Namespace, config: PretrainedConfig) -> bool:
         because=choice.reason,
     )
     return named is not None and choice.renders_tools
+
+
+def _refuse_unknown_parser(flag: str, name: str | None, known: Sequence[str]) -> None:
+    if name and name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise StartFailure(f"{flag} {name} is not known.{f' Did you mean {near[0]}?' if near else ''}")
 
 
 def with_usable_parsers(arguments: EngineArguments, tokenizer: TokenizerLike) -> EngineArguments:

@@ -9,6 +9,7 @@ class StartFailure(Exception):
     """The server cannot start; the message is the sentence the operator reads."""
 
 
+_LEAST_GIB: Final = 0.01  # vLLM rounds to two digits
 _KV_TOO_SMALL: Final = re.compile(
     r"max seq len \((?P<asked>\d+)\), \((?P<needed>[\d.]+) GiB KV cache is needed.*?"
     r"available KV cache memory \((?P<available>[\d.]+) GiB\)(?:.*?maximum model length is (?P<fits>\d+))?",
@@ -63,7 +64,7 @@ def explain(error: BaseException, engine_log: str, context: StartContext) -> Sta
 def _kv_sentence(match: re.Match[str], context: StartContext) -> str:
     """What fits, and what each of the three remedies would give."""
     asked, needed, available = int(match["asked"]), float(match["needed"]), float(match["available"])
-    fits = int(match["fits"] or asked * available / needed)
+    fits = int(match["fits"] or asked * available / max(needed, _LEAST_GIB))
     memory = (
         f"VLLM_CPU_KVCACHE_SPACE={int(needed) + 1} gives all {asked} tokens"
         if context.on_cpu

@@ -60,7 +60,9 @@ class Generation:
 
 
 def _request() -> OpenRequest:
-    return current_request() or OpenRequest(request_id="", path="")  # the server's own work has no client
+    """The open request, or a stand-in for work that no client waits for."""
+    request = current_request()
+    return OpenRequest(request_id="", path="") if request is None or request.detached else request
 
 
 def _note_clamp(demand: Demand, request: OpenRequest) -> None:

@@ -75,6 +75,7 @@ class OpenRequest:
     an HTTP status. `prompt_tokens` is the sum over its engine requests. `headers` are added to the answer's head.
     `refusal` keeps the class of an error that vLLM's generators would turn into text. `running` holds what the engine
     generates for it: vLLM does not close its generators when a stream is left early, so the request does.
+    `detached`: it goes on generating after its answer (background responses), so nothing is closed with it.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
     """
 
@@ -91,6 +92,7 @@ class OpenRequest:
     edits: Edits = NO_EDITS
     dry_run: DryRun | None = None
     running: set[Running] = field(default_factory=set)
+    detached: bool = False
     letting_go: bool = False
 
     def edited(self, edits: Edits) -> None:

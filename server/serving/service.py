@@ -115,6 +115,7 @@ class Service:
         refuse_closed_fields(body, self._rules.opened_fields)
         model = body.get("model")
         request.model = model if isinstance(model, str) else None
+        request.detached = call.route == RESPONSES_ROUTE and body.get("background") is True
         body = self._with_truncation(call.route, body, request)
         if (field := _CAP_FIELDS.get(call.route)) is not None:
             body = with_default_max_tokens(body, field, self._rules.max_tokens)

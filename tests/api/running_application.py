@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import uvicorn
-from prometheus_client import REGISTRY
+from prometheus_client import CollectorRegistry
 
 from server.app import Application, build_application
 from server.settings import Settings
@@ -23,23 +23,12 @@ VERSIONS = {"tidegate": "1.2.3", "vllm": "0.32.0"}
 @contextmanager
 def running(stack: FakeStack | None = None, **settings: Any) -> Iterator[httpx.Client]:
     """A client of an application that serves `stack`, or that still loads."""
-    with _built(Settings(**settings)) as application:
-        application.slot.enter("loading the model")
-        if stack is not None:
-            application.slot.fill(cast("Stack", stack))
-        with _served(application) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
-            yield client
-
-
-@contextmanager
-def _built(settings: Settings) -> Iterator[Application]:
-    """An application registers its metrics with the process; here they go with it."""
-    before = set(REGISTRY._collector_to_names)
-    try:
-        yield build_application(settings, VERSIONS)
-    finally:
-        for collector in set(REGISTRY._collector_to_names) - before:
-            REGISTRY.unregister(collector)
+    application = build_application(Settings(**settings), VERSIONS, CollectorRegistry())
+    application.slot.enter("loading the model")
+    if stack is not None:
+        application.slot.fill(cast("Stack", stack))
+    with _served(application) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+        yield client
 
 
 @contextmanager

@@ -41,7 +41,7 @@ REWRITES_THE_LAST_TURN: Final = {
 }
 MOVES_INSTRUCTIONS_TO_THE_FRONT: Final = {"deepseek"}
 
-some_examples = settings(max_examples=12, deadline=None)
+some_examples = settings(max_examples=10, deadline=None)
 each_template = pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 
 
@@ -363,16 +363,18 @@ def test_a_prompt_shows_what_was_kept_and_nothing_else(template: Template, token
 @each_template
 @some_examples
 @given(chat=chats)
-def test_a_prompt_starts_with_the_one_before_or_a_cut_left_room(
+def test_a_prompt_starts_with_the_one_before_or_a_cut_was_due_and_left_room(
     template: Template, tokens_in: TokensIn, chat: Chat
 ) -> None:
     for before, after in pairwise(chat.prompts(template, tokens_in)):
         if before is None or after is None or before.rounds or after.rounds:
             continue  # the next request cannot know of a round
-        if after.fit.kept[: len(before.fit.kept)] != before.fit.kept:
-            assert retained_share_is_left(after.case, after.fit, before.fit)
-        else:
+        if after.fit.kept[: len(before.fit.kept)] == before.fit.kept:
             assert after.text.startswith(unchanging(before, after))
+        else:
+            case, new_tokens = after.case, after.case.tokens[len(before.case.tokens) :]
+            assert case.turn_tokens(before.fit) + sum(new_tokens) > case.budget()
+            assert retained_share_is_left(case, after.fit, before.fit)
 
 
 def unchanging(before: Prompt, after: Prompt) -> str:
