@@ -43,6 +43,8 @@ _TEMPLATE_TOKENS: Final = 64
 # Slicing and dropping share a cache; with less than this, what one writes in a turn evicts the other's prefix.
 _LEAST_CACHED_WINDOWS: Final = 3
 _TIMEOUT_S: Final = 600.0
+_TURNS: Final = 24
+_QUICK_TURNS: Final = 6
 _DATA: Final = "data: "
 _DONE: Final = "data: [DONE]"
 _DROPPED: Final = re.compile(r"messages=(\d+)")
@@ -171,7 +173,9 @@ def _shown(plan: Plan) -> dict[str, Any]:
 
 
 def _client(server: Contender) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=_TIMEOUT_S, trust_env=False)
+    # A connection for each request: kept ones may or may not have been closed while another way was asked.
+    fresh = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(base_url=server.url, timeout=_TIMEOUT_S, trust_env=False, limits=fresh)
 
 
 def _check_cache(plain: httpx.Client, window: int) -> None:
@@ -293,16 +297,12 @@ def _ask(way: Way, messages: list[Message]) -> _Answer:
     return _Answer(ttft_s, usage["prompt_tokens"], cached, int(told[1]) if told else 0)
 
 
-_FULL: Final = {"turns": 24, "conversations": 4}
-_QUICK: Final = {"turns": 6, "conversations": 4}
-
-
 @click.command("long-chat")
 @click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM FLAGS]")
 @click.option("--model", help="Model folder or name. [default: the embedded model]")
 @click.option("--window", type=click.IntRange(512), default=2048, show_default=True, help="Tokens a model can see.")
 @click.option("--turns", type=click.IntRange(1), help="Turns past the window, by conversation. [default: 24, quick 6]")
-@click.option("--conversations", type=click.IntRange(1), help="Conversations replayed. [default: 4]")
+@click.option("--conversations", type=click.IntRange(1), default=4, show_default=True, help="How many are replayed.")
 @click.option(
     "--kind", "kinds", type=click.Choice(conversations.KINDS), multiple=True, help="Repeatable. [default: all]"
 )
@@ -313,14 +313,19 @@ _QUICK: Final = {"turns": 6, "conversations": 4}
 @click.option(
     "--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw prefill tokens as SVG."
 )
-@click.option("--quick", is_flag=True, help="Less load: minutes, and more noise.")
+@click.option("--quick", is_flag=True, help="Fewer turns: minutes, and more noise.")
 @click.option("--json", "as_json", is_flag=True, help="Add one JSON object as the last line.")
 def command(
-    model: str | None, quick: bool, as_json: bool, plot_file: Path | None, engine_flags: tuple[str, ...], **given: Any
+    model: str | None,
+    turns: int | None,
+    quick: bool,
+    as_json: bool,
+    plot_file: Path | None,
+    engine_flags: tuple[str, ...],
+    **given: Any,
 ) -> None:
     """Chats past the window: prefix hits, prefill and TTFT, against token slicing and drop-oldest."""
-    size = _QUICK if quick else _FULL
-    plan = Plan(**{**given, **{name: given[name] or size[name] for name in size}})
+    plan = Plan(turns=turns or (_QUICK_TURNS if quick else _TURNS), **given)
     plan = replace(plan, kinds=plan.kinds or conversations.KINDS)
     try:
         report = run(plan, model or embedded_model(), engine_flags)

@@ -2,7 +2,7 @@
 
 A message costs the tokens of its text plus what the chat template prints around it. The first part is cached by
 content, since chat clients send the same messages again with every turn; the second is measured once per role, on the
-template itself. The sum is an estimate on the high side: templates may drop text (earlier reasoning), and never add.
+template itself. The sum is an estimate on the high side: templates drop text (earlier reasoning) and rarely add any.
 """
 
 import asyncio
@@ -75,6 +75,8 @@ class MessageCounter:
 def message_text(message: Mapping[str, Any]) -> str:
     """All text of a message that a template may print, tool calls as JSON."""
     parts = [_content_text(message[field]) for field in _MESSAGE_TEXT_FIELDS if message.get(field)]
+    if message.get("role") == "tool":  # some templates print results as JSON strings
+        parts = [json.dumps(part, ensure_ascii=False) for part in parts]
     if calls := message.get("tool_calls"):
         parts.append(json.dumps(calls, ensure_ascii=False, default=str))
     return "\n".join(parts)
@@ -93,7 +95,7 @@ def _content_text(content: Any) -> str:
 def text_bytes(message: Mapping[str, Any]) -> int | None:
     """At least the UTF-8 length of `message_text`, found fast; None for a message with media."""
     content = message.get("content")
-    if isinstance(content, str) and len(message) == _PLAIN_MESSAGE_FIELDS:
+    if isinstance(content, str) and len(message) == _PLAIN_MESSAGE_FIELDS and message.get("role") != "tool":
         return len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
     return None if has_media(message) else len(message_text(message).encode("utf-8", "surrogatepass"))
 

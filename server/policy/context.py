@@ -105,7 +105,15 @@ def view(message: Mapping[str, Any]) -> MessageView:
     if not isinstance(calls, Sequence):
         raise TypeError("tool_calls must be a list: reading an iterator here would use it up")
     ids = tuple(call.get("id") or None if isinstance(call, Mapping) else None for call in calls)
-    return MessageView(message.get("role", ""), ids, message.get("tool_call_id") or None)
+    role = "function" if _is_tool_response(message) else message.get("role", "")
+    return MessageView(role, ids, message.get("tool_call_id") or None)
+
+
+def _is_tool_response(message: Mapping[str, Any]) -> bool:
+    """A tool's result sent as the user's: no question, and Qwen 3.5's template refuses a history without one."""
+    content = message.get("content")
+    text = content.strip() if message.get("role") == "user" and isinstance(content, str) else ""
+    return text.startswith("<tool_response>") and text.endswith("</tool_response>")
 
 
 @dataclass(frozen=True, slots=True)

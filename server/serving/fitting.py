@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from server.policy.context import (
     Fit,
+    LastTurnTooLong,
     Layout,
     TruncationPolicy,
     Window,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 # A history of this many messages takes about a millisecond to lay out and plan, and other streams wait meanwhile.
 _PLANNED_ON_LOOP_MESSAGES = 200
+_LEAST_SHARE_DROPPED = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,8 @@ class HistoryFitter:
         if not policy.enabled or conversation.counts_only:
             return await conversation.render(conversation.messages)
         if self._surely_fits(conversation, window):
-            return await conversation.render(conversation.messages)
+            with suppress(ContextLengthExceeded):  # a template may print its tools more than once
+                return await conversation.render(conversation.messages)
         report, rendered = await self._fit(conversation, window, policy)
         if report.fit.truncated:
             request.edited(Edits(len(report.fit.dropped), report.fit.dropped_tokens))
@@ -125,13 +129,25 @@ class HistoryFitter:
         while True:
             try:
                 rendered = await conversation.render([conversation.messages[i] for i in fit.kept])
+                prompt_tokens = conversation.prompt_tokens(rendered)
             except ContextLengthExceeded:
-                fit = drop_one_more(fit, layout, costs.messages, window, fit.kept_tokens)
-                continue
-            prompt_tokens = conversation.prompt_tokens(rendered)
-            if prompt_tokens <= window.max_prompt_tokens:
-                return FitReport(layout, costs, fit, window, prompt_tokens), rendered
-            fit = drop_one_more(fit, layout, costs.messages, window, prompt_tokens)
+                prompt_tokens = max(fit.kept_tokens, window.max_model_len)
+            else:
+                if prompt_tokens <= window.max_prompt_tokens:
+                    return FitReport(layout, costs, fit, window, prompt_tokens), rendered
+            fit = _smaller(fit, layout, costs.messages, window, prompt_tokens)
+
+
+def _smaller(fit: Fit, layout: Layout, tokens: list[int], window: Window, rendered_tokens: int) -> Fit:
+    """The next fit to render when the estimate was too low: a good part less, so that renders stay few."""
+    enough = fit.dropped_tokens + _LEAST_SHARE_DROPPED * (fit.kept_tokens - window.fixed_tokens)
+    smaller = drop_one_more(fit, layout, tokens, window, rendered_tokens)
+    while smaller.dropped_tokens < enough:
+        try:
+            smaller = drop_one_more(smaller, layout, tokens, window, rendered_tokens)
+        except LastTurnTooLong:
+            break
+    return smaller
 
 
 async def _planned(

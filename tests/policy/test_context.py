@@ -486,3 +486,13 @@ def test_a_bad_truncation_is_refused_in_a_sentence(value: object) -> None:
 def test_an_operators_ratio_outside_its_range_is_a_mistake(ratio: float) -> None:
     with pytest.raises(ValueError, match="above 0 and at most 1"):
         TruncationPolicy(retention_ratio=ratio)
+
+
+def test_a_tools_result_sent_as_the_users_opens_no_turn() -> None:
+    """Clients whose tools are text send results that way; the question they belong to must stay."""
+    sent = [user(20)]
+    for i in range(6):
+        sent += [assistant(20), ({"role": "user", "content": f"<tool_response>{i} m</tool_response>"}, 20)]
+    planned = fit(sent)
+    assert planned.truncated
+    assert 0 in planned.kept
