@@ -91,6 +91,10 @@ class Replay:
     conversation: Conversation
     turns: range
 
+    def messages(self, way: str, turn: int, dropped: int = 0) -> list[Message]:
+        """What is sent to ask a question, without the `dropped` oldest exchanges."""
+        return self.conversation.messages(turn, dropped, f"{_SALTS[way]}{self.number}.")
+
 
 @dataclass(frozen=True, slots=True)
 class Way:
@@ -99,11 +103,6 @@ class Way:
     name: str
     client: httpx.Client
     fields: Mapping[str, Any]
-
-    def messages(self, replay: Replay, turn: int, dropped: int) -> list[Message]:
-        """What is sent: without the `dropped` oldest exchanges where it is the client who drops them."""
-        salt = f"{_SALTS[self.name]}{replay.number}."
-        return replay.conversation.messages(turn, dropped if self.name == DROP_OLDEST else 0, salt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,7 @@ def run(plan: Plan, model: str, engine_flags: Sequence[str]) -> Report:
     settings = {**shown_settings(model, flags), **_shown(plan)}
     replayed = len({turn.conversation for turn in turns})
     notes = [
-        f"{len(turns) // len(WAYS)} turns past the window of {plan.window} tokens, in {replayed} conversations; one "
+        f"{len(turns) // len(WAYS)} turns past the window of {plan.window} tokens (conversations: {replayed}); one "
         "conversation at a time, so nothing else competes for the prefix cache.",
         "TTFT is all that a request takes: sending and parsing the history, fitting and rendering it, and the prefill.",
     ]
@@ -240,21 +239,21 @@ def _replayed(replay: Replay, plan: Plan, stage: Stage) -> Iterator[Turn]:
     """Ask the turns of one conversation in every way; each turn begins with another way."""
     dropped, cuts = 0, dict[str, int | None]()
     for turn in replay.turns:
-        dropped = _drop_oldest(replay.conversation, turn, dropped, lambda prompt: stage.count(prompt) <= plan.budget)
+        dropped = _drop_oldest(replay, turn, dropped, lambda prompt: stage.count(prompt) <= plan.budget)
         first = turn % len(stage.ways)
         for way in (*stage.ways[first:], *stage.ways[:first]):
             stage.rest()
-            answer = _ask(way, way.messages(replay, turn, dropped))
+            answer = _ask(way, replay.messages(way.name, turn, dropped if way.name == DROP_OLDEST else 0))
             cut = {TIDEGATE: answer.dropped_messages, SLICING: None, DROP_OLDEST: 2 * dropped}[way.name]
             if turn != replay.turns.start:
                 yield _noted(replay, turn, way.name, answer, cut, cutting=cut is None or cut != cuts[way.name])
             cuts[way.name] = cut
 
 
-def _drop_oldest(conversation: Conversation, turn: int, dropped: int, fits: Callable[[list[Message]], bool]) -> int:
+def _drop_oldest(replay: Replay, turn: int, dropped: int, fits: Callable[[list[Message]], bool]) -> int:
     """How many exchanges a client drops that drops no more than it must. It never takes one back."""
     candidates = range(dropped, turn)
-    return dropped + bisect_left(candidates, True, key=lambda cut: fits(conversation.messages(turn, cut)))
+    return dropped + bisect_left(candidates, True, key=lambda cut: fits(replay.messages(DROP_OLDEST, turn, cut)))
 
 
 def _noted(replay: Replay, turn: int, way: str, answer: _Answer, cut: int | None, *, cutting: bool) -> Turn:
@@ -329,7 +328,7 @@ def command(
     plan = replace(plan, kinds=plan.kinds or conversations.KINDS)
     try:
         report = run(plan, model or embedded_model(), engine_flags)
-    except (ContenderFailed, LoadFailed) as failure:
+    except (ContenderFailed, LoadFailed, httpx.HTTPError) as failure:
         raise click.ClickException(str(failure)) from failure
     report.print()
     if plot_file:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+# An engine that is ended leaves shared memory to Python's resource tracker, which would say so after our last word.
+_QUIET_RESOURCE_TRACKER: Final = "ignore::UserWarning:multiprocessing.resource_tracker"
 _BACKLOG: Final = 2048
 _OPEN_FILES: Final = 65535
 _REPORT_INTERVAL_S: Final = 10.0
@@ -40,6 +42,7 @@ _HTTP_STOP_TIMEOUT_S: Final = 5
 
 def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, str]) -> int:
     """Serve until told to stop. Returns the process's exit code."""
+    os.environ.setdefault("PYTHONWARNINGS", _QUIET_RESOURCE_TRACKER)
     json_lines = logs.wants_json(settings.log_format)
     logs.configure(json_lines=json_lines, level=settings.log_level)
     try:

@@ -16,6 +16,8 @@ _KV_TOO_SMALL: Final = re.compile(
     re.DOTALL,
 )
 _CAUSE: Final = re.compile(r"^(?:\w+\.)*(?:\w*Error|\w*Exception): (?P<message>.+)$", re.MULTILINE)
+# A parent's word that a child failed; the child's own word is the cause.
+_SECOND_HAND: Final = ("WorkerProc initialization failed", "Engine core initialization failed")
 _OUT_OF_MEMORY: Final = ("out of memory", "Cannot allocate memory", "MemoryError", "can't allocate memory")
 _WRONG_MODEL: Final = ("is not a local folder", "does not appear to have a file named", "Invalid repository ID")
 
@@ -56,7 +58,7 @@ def explain(error: BaseException, engine_log: str, context: StartContext) -> Sta
             f"The model {context.model!r} was not found. Give a folder with a config.json, or the name of a model "
             "that can be downloaded."
         )
-    causes = _CAUSE.findall(engine_log)
+    causes = [cause for cause in _CAUSE.findall(engine_log) if not cause.startswith(_SECOND_HAND)]
     cause = causes[-1] if causes else str(error).strip().split("\n")[0] or type(error).__name__
     return StartFailure(f"The engine could not start: {cause}")
 

@@ -54,7 +54,7 @@ def configure(*, json_lines: bool, level: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())
-    for chatty in ("httpx", "httpcore", "asyncio"):
+    for chatty in ("asyncio", "httpcore", "httpx", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     structlog.configure(
         processors=[

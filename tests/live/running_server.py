@@ -124,5 +124,6 @@ def run_serve(*args: str, environment: Mapping[str, str] | None = None, timeout_
 
 
 def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
+    """This process's, without our own settings; an empty value takes a variable away."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")}
-    return {**own, **TEST_ENVIRONMENT, **(extra or {})}
+    return {name: value for name, value in {**own, **TEST_ENVIRONMENT, **(extra or {})}.items() if value}
