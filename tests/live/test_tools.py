@@ -88,20 +88,16 @@ def test_a_model_with_a_tool_template_is_shown_the_tools(tools_server: RunningSe
     assert shown.json()["usage"]["prompt_tokens"] > bare.json()["usage"]["prompt_tokens"] + 20
 
 
-def test_an_anthropic_client_can_force_a_call(tools_server: RunningServer) -> None:
+def test_an_anthropic_client_can_force_a_call(server: RunningServer, model_name: str) -> None:
     function = _TOOL["function"]
     body = {
-        "model": tools_server_model(tools_server),
-        "max_tokens": 200,
+        "model": model_name,
+        "max_tokens": 120,
         "messages": _ASK,
         "tools": [{"name": function["name"], "input_schema": function["parameters"]}],
         "tool_choice": {"type": "tool", "name": "get_weather"},
     }
-    answer = httpx.post(f"{tools_server.url}/v1/messages", json=body, timeout=60).json()
+    answer = httpx.post(f"{server.url}/v1/messages", json=body, timeout=60).json()
     used = [block for block in answer["content"] if block["type"] == "tool_use"]
     assert used, answer
     assert set(used[0]["input"]) == {"city", "unit"}
-
-
-def tools_server_model(server: RunningServer) -> str:
-    return str(httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"])
