@@ -12,7 +12,7 @@ from benchmarks.load import Load
 _METRICS: Final = (
     Metric("live_s", "first HTTP 200, s", "lower"),
     Metric("ready_s", "ready, s", "lower"),
-    Metric("answered_s", "first chat answered, s", "lower"),
+    Metric("answered_s", "first answer, s", "lower"),
 )
 _PAIRS: Final = 5
 _QUICK_PAIRS: Final = 3
