@@ -33,7 +33,7 @@ def benchmark(name: str, run: Callable[[Options], Comparison]) -> click.Command:
     """A command that runs `run`, whose docstring is the help text."""
 
     def callback(as_json: bool, model: str | None, **given: object) -> None:
-        options = Options(model=model or _embedded_model(), **given)  # type: ignore[arg-type]
+        options = Options(model=model or embedded_model(), **given)  # type: ignore[arg-type]
         try:
             comparison = run(options)
         except ContenderFailed as failure:
@@ -57,7 +57,7 @@ def benchmark(name: str, run: Callable[[Options], Comparison]) -> click.Command:
     )
 
 
-def _embedded_model() -> str:
+def embedded_model() -> str:
     fetched = subprocess.run(
         [sys.executable, "-m", "server", "model", "fetch"], cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=False
     )

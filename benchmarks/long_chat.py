@@ -26,7 +26,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import contenders, conversations
-from benchmarks.command import _embedded_model as embedded_model
+from benchmarks.command import embedded_model
 from benchmarks.comparison import say
 from benchmarks.contenders import MODEL_NAME, Contender, ContenderFailed, shown_settings, started
 from benchmarks.conversations import Conversation, Message

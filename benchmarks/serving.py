@@ -11,7 +11,7 @@ from benchmarks.comparison import Comparison, Metric, Row, say
 from benchmarks.contenders import MODEL_NAME, Contender, shown_settings, started
 from benchmarks.load import Load
 
-_FRONT_CPU: Final = Metric("front_cpu_us_per_token", "front-end CPU, µs/token", "lower")
+_FRONT_CPU: Final = Metric("front_cpu_us_per_token", "front-end µs CPU/token", "lower")
 _STREAMS: Final = (
     Metric("tokens_per_s", "tokens/s", "higher"),
     Metric("ttft_p50_ms", "TTFT p50, ms", "lower"),

@@ -7,7 +7,6 @@ template itself. The sum is an estimate on the high side: templates drop text (e
 
 import asyncio
 import copy
-import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,8 @@ class Overheads:
     prompt: int
 
     def of(self, role: str) -> int:
-        return self.by_role.get(role, max(self.by_role.values(), default=_FALLBACK_OVERHEAD_TOKENS))
+        known = self.by_role.get(role)
+        return self.largest if known is None else known
 
     @property
     def largest(self) -> int:
@@ -47,7 +47,8 @@ class MessageCounter:
     def __init__(self, tokenizer: TokenizerLike, max_entries: int) -> None:
         # A copy of its own: the renderer sets truncation on the original while it encodes in another thread.
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._counts: LRUCache[bytes, int] = LRUCache(max_entries)
+        # Keyed by Python's own hash, which is salted for each process, so nobody can make two texts collide.
+        self._counts: LRUCache[tuple[int, int], int] = LRUCache(max_entries)
 
     async def count(self, texts: Sequence[str]) -> list[int]:
         """The tokens of each text."""
@@ -55,7 +56,7 @@ class MessageCounter:
 
     async def count_and_tell(self, texts: Sequence[str]) -> tuple[list[int], int]:
         """The tokens of each text, and how many texts were new. Those are encoded off the event loop."""
-        keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
+        keys = [(len(text), hash(text)) for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._counts}
         found = {key: self._counts[key] for key in keys if key not in missing}
         if missing:
@@ -74,12 +75,19 @@ class MessageCounter:
 
 def message_text(message: Mapping[str, Any]) -> str:
     """All text of a message that a template may print, tool calls as JSON."""
+    content = message.get("content")
+    if isinstance(content, str) and _is_plain(message):
+        return content
     parts = [_content_text(message[field]) for field in _MESSAGE_TEXT_FIELDS if message.get(field)]
     if message.get("role") == "tool":  # some templates print results as JSON strings
         parts = [json.dumps(part, ensure_ascii=False) for part in parts]
     if calls := message.get("tool_calls"):
         parts.append(json.dumps(calls, ensure_ascii=False, default=str))
     return "\n".join(parts)
+
+
+def _is_plain(message: Mapping[str, Any]) -> bool:
+    return len(message) == _PLAIN_MESSAGE_FIELDS and message.get("role") != "tool"
 
 
 def _content_text(content: Any) -> str:
@@ -95,7 +103,7 @@ def _content_text(content: Any) -> str:
 def text_bytes(message: Mapping[str, Any]) -> int | None:
     """At least the UTF-8 length of `message_text`, found fast; None for a message with media."""
     content = message.get("content")
-    if isinstance(content, str) and len(message) == _PLAIN_MESSAGE_FIELDS and message.get("role") != "tool":
+    if isinstance(content, str) and _is_plain(message):
         return len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
     return None if has_media(message) else len(message_text(message).encode("utf-8", "surrogatepass"))
 

@@ -10,7 +10,7 @@ Turns go oldest first and whole. The last turn stays; only if it alone is too lo
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from server.policy.refusals import ContextLengthExceeded, InvalidRequest
 
@@ -90,8 +90,7 @@ def parse_truncation(value: object, default: TruncationPolicy) -> TruncationPoli
     )
 
 
-@dataclass(frozen=True, slots=True)
-class MessageView:
+class MessageView(NamedTuple):
     """All that the rules look at in a message."""
 
     role: str
@@ -101,18 +100,22 @@ class MessageView:
 
 def view(message: Mapping[str, Any]) -> MessageView:
     """A message in OpenAI's chat format as the rules see it; `tool_calls` must be a list, as vLLM makes it."""
-    calls = message.get("tool_calls") or ()
+    role = "function" if _is_tool_response(message) else message.get("role", "")
+    calls = message.get("tool_calls")
+    if calls is None:
+        return MessageView(role, (), message.get("tool_call_id") or None)
     if not isinstance(calls, Sequence):
         raise TypeError("tool_calls must be a list: reading an iterator here would use it up")
     ids = tuple(call.get("id") or None if isinstance(call, Mapping) else None for call in calls)
-    role = "function" if _is_tool_response(message) else message.get("role", "")
     return MessageView(role, ids, message.get("tool_call_id") or None)
 
 
 def _is_tool_response(message: Mapping[str, Any]) -> bool:
     """A tool's result sent as the user's: no question, and Qwen 3.5's template refuses a history without one."""
     content = message.get("content")
-    text = content.strip() if message.get("role") == "user" and isinstance(content, str) else ""
+    if message.get("role") != "user" or not isinstance(content, str):
+        return False
+    text = content.strip()
     return text.startswith("<tool_response>") and text.endswith("</tool_response>")
 
 
