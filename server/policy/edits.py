@@ -15,7 +15,7 @@ class Edits:
     max_tokens: tuple[int, int] | None = None
 
     def __bool__(self) -> bool:
-        return self != NO_EDITS
+        return bool(self.dropped_messages or self.dropped_tokens or self.max_tokens)
 
     def __add__(self, other: "Edits") -> "Edits":
         """Both, for a call of several conversations."""

@@ -100,6 +100,14 @@ def test_the_state_keeps_one_renderer_for_every_endpoint() -> None:
         assert source.count(" OnlineRenderer(") == (1 if module.endswith("app_state") else 0)
 
 
+def test_a_chat_may_go_without_a_parser() -> None:
+    """`_make_parser` may give None: vLLM's generators then pass the text on as it is."""
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
+    assert _parameters(OpenAIServingChat._make_parser) == ["request", "tokenizer", "chat_template_kwargs"]
+    assert "list[Parser | None]" in inspect.getsource(OpenAIServingChat.chat_completion_stream_generator)
+
+
 def test_vllm_calls_generate_without_awaiting_it() -> None:
     """`SeamedEngine.generate` is a plain call that returns an async generator, as vLLM's callers expect."""
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
