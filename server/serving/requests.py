@@ -17,6 +17,7 @@ import structlog
 from server.policy.context import TruncationPolicy
 from server.policy.edits import NO_EDITS, Edits
 from server.policy.refusals import Draining, Refusal
+from server.policy.tenants import ANYONE, Tenant
 
 if TYPE_CHECKING:
     from server.serving.fitting import FitReport
@@ -77,10 +78,13 @@ class OpenRequest:
     generates for it: vLLM does not close its generators when a stream is left early, so the request does.
     `detached`: it goes on generating after its answer (background responses), so nothing is closed with it.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
+    `tenant` owns it; `end_user` is whom a trusted tenant sent it for.
     """
 
     request_id: str
     path: str
+    tenant: Tenant = ANYONE
+    end_user: str | None = None
     producing: bool = False
     client_left: bool = False
     prompt_tokens: int = 0

@@ -65,6 +65,15 @@ class RunningServer:
             time.sleep(0.05)
         raise AssertionError(f"the engine was still busy after {timeout_s} s")
 
+    def wait_until_busy(self, timeout_s: float = 10.0) -> None:
+        """Until the engine's figures show a running request: they follow its first token, a step later at most."""
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            if self.metric("vllm:num_requests_running") >= 1:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"the engine ran nothing for {timeout_s} s")
+
     def children(self) -> list[psutil.Process]:
         return list(psutil.Process(self.process.pid).children(recursive=True))
 
