@@ -109,18 +109,23 @@ class OwnedResponse(Response):
         """
         waiting = asyncio.create_task(self._keep_alive(reply.media_type, opened))
         held: list[bytes] = []
+        flowing = False
+        send, refusal_in = self._send, reply.refusal_in
         try:
             async with aclosing(reply.frames) as frames:
                 async for frame in frames:
-                    if (refusal := reply.refusal_in(frame)) is not None:
+                    if (refusal := refusal_in(frame)) is not None:
                         raise refusal
-                    held.append(_bytes(told_frame(frame, opened.edits) if opened.edits else frame))
-                    if not opened.producing:
+                    data = _bytes(told_frame(frame, opened.edits) if opened.edits else frame)
+                    if flowing:
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
                         continue
-                    if not waiting.done():
+                    held.append(data)
+                    if opened.producing:
                         await _cancelled(waiting)
-                    await self._send_frames(b"".join(held), reply.media_type, opened)
-                    held.clear()
+                        await self._send_frames(b"".join(held), reply.media_type, opened)
+                        held.clear()
+                        flowing = True
         finally:
             await _cancelled(waiting)
         await self._send_frames(b"".join(held), reply.media_type, opened)

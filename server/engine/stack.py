@@ -4,6 +4,7 @@ import asyncio
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from starlette.datastructures import State
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
@@ -21,6 +23,7 @@ from vllm.usage.usage_lib import UsageContext
 from server.engine.arguments import EngineArguments, complete_arguments, parse_arguments, with_usable_parsers
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.engine.operations import Operation, OperationKey, collect_operations
+from server.engine.plain_streams import splice_chat, splice_completions
 from server.engine.seams import SeamedEngine, Seams, open_renderer_seam
 from server.engine.start_failures import StartContext, StartFailure, explain
 
@@ -32,12 +35,13 @@ Stage = Callable[[str], None]
 @dataclass(frozen=True, slots=True)
 class StackRequest:
     """What a stack is built from. `logging_config` is a dictConfig file for vLLM's processes, whose
-    error records also land in `engine_error_log`."""
+    error records also land in `engine_error_log`. `fast_streams`: make the frames of plain text streams here."""
 
     vllm_flags: tuple[str, ...]
     logging_config: Path
     engine_error_log: Path
     count_cache_entries: int
+    fast_streams: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,12 @@ async def build_stack(request: StackRequest, seams: Seams, stage: Stage) -> Stac
     """
     arguments, engine = await asyncio.to_thread(_build_engine, request, seams, stage)
     stage("warming up")
-    return await _build_on(arguments, engine, seams, request.count_cache_entries)
+    return await _build_on(arguments, engine, seams, request)
 
 
 def _build_engine(request: StackRequest, seams: Seams, stage: Stage) -> tuple[EngineArguments, SeamedEngine]:
     args = parse_arguments(request.vllm_flags)
+    disable_envs_cache()  # building an engine sets some of them
     try:
         _configure_logging(args, request.logging_config)
         if args.model is None:
@@ -143,16 +148,15 @@ def _explained(error: Exception, args: Namespace, engine_error_log: Path) -> Sta
     return explain(error, words, context)
 
 
-async def _build_on(arguments: EngineArguments, engine: SeamedEngine, seams: Seams, count_cache_entries: int) -> Stack:
+async def _build_on(arguments: EngineArguments, engine: SeamedEngine, seams: Seams, request: StackRequest) -> Stack:
     arguments = with_usable_parsers(arguments, engine.renderer.tokenizer)
     args, state = arguments.args, State()
     await engine.reset_mm_cache()  # vLLM does the same: dummy inputs of its memory profiling stay behind otherwise
     tasks = await engine.get_supported_tasks()
     await init_app_state(engine, state, args, tasks)
-    await open_renderer_seam(state.online_renderer, seams, count_cache_entries)
-    if not arguments.uses_tools and not arguments.parser_named and not args.reasoning_parser:
-        for chat in (state.openai_serving_chat, state.anthropic_serving_messages):
-            _parse_only_with_tools(chat)
+    await open_renderer_seam(state.online_renderer, seams, request.count_cache_entries)
+    parser_is_borrowed = not arguments.uses_tools and not arguments.parser_named and not args.reasoning_parser
+    _lighten(state, parse_tools_only=parser_is_borrowed, fast_streams=request.fast_streams)
     config = engine.vllm_config
     stack = Stack(
         engine=engine,
@@ -163,16 +167,32 @@ async def _build_on(arguments: EngineArguments, engine: SeamedEngine, seams: Sea
         uses_tools=arguments.uses_tools,
     )
     _log_window(stack, asked=args.max_model_len)
+    enable_envs_cache()  # vLLM reads its environment at every token; its own cache is for the engine's processes only
     return stack
 
 
-def _parse_only_with_tools(chat: Any) -> None:
-    """Leave the parser out of requests without tools, where the model has none of its own.
+def _lighten(state: State, *, parse_tools_only: bool, fast_streams: bool) -> None:
+    """Take from vLLM's endpoints what a request does not need.
 
-    It is there for forced calls alone; on every other stream it would cost several microseconds a token.
+    `parse_tools_only`: the parser is there for forced calls alone, and on every other stream it would cost several
+    microseconds a token.
     """
-    if chat is None:
-        return
+    for chat in (state.openai_serving_chat, state.anthropic_serving_messages):
+        if chat is None:
+            continue
+        if parse_tools_only:
+            _parse_only_with_tools(chat)
+        if fast_streams:
+            splice_chat(chat, partial(_parses, chat, parse_tools_only))
+    if fast_streams and state.openai_serving_completion is not None:
+        splice_completions(state.openai_serving_completion)
+
+
+def _parses(chat: Any, parse_tools_only: bool, request: Any) -> bool:
+    return chat.parser_cls is not None and (bool(request.tools) or not parse_tools_only)
+
+
+def _parse_only_with_tools(chat: Any) -> None:
     make_parser = chat._make_parser
 
     def make_if_needed(request: Any, tokenizer: Any, chat_template_kwargs: Any) -> Any:
