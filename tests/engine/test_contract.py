@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -24,6 +26,14 @@ _ENCODE = [
 _PREPROCESS_CHAT = [
     "request", "messages", "default_template", "default_template_content_format", "default_template_kwargs",
     "tool_dicts", "parser", "skip_mm_cache",
+]  # fmt: skip
+_CHAT_STREAM = [
+    "request", "result_generator", "request_id", "model_name", "conversation", "tokenizer", "request_metadata",
+    "chat_template_kwargs", "mm_token_counts",
+]  # fmt: skip
+_COMPLETION_STREAM = [
+    "request", "engine_inputs", "result_generator", "request_id", "created_time", "model_name", "num_prompts",
+    "tokenizer", "request_metadata",
 ]  # fmt: skip
 _FROM_VLLM_CONFIG = [
     "vllm_config", "start_engine_loop", "usage_context", "stat_loggers", "enable_log_requests",
@@ -54,6 +64,8 @@ def test_the_installed_vllm_is_the_pinned_version() -> None:
         (AsyncLLM.from_vllm_config, _FROM_VLLM_CONFIG),
         (AsyncLLM.shutdown, ["timeout"]),
         (EngineClient.check_admission, ["n", "request_id"]),
+        (OpenAIServingChat.chat_completion_stream_generator, _CHAT_STREAM),
+        (OpenAIServingCompletion.completion_stream_generator, _COMPLETION_STREAM),
     ],
 )
 def test_a_seam_has_the_parameters_it_passes_on(function: Any, parameters: list[str]) -> None:
@@ -72,6 +84,10 @@ def test_a_seam_has_the_parameters_it_passes_on(function: Any, parameters: list[
         ("vllm.entrypoints.launchers.cli_args", "propagate_flash_late_interaction", ["args", "engine_args"]),
         ("vllm.entrypoints.serve.exception_handling.error_response", "create_error_response",
          ["message", "err_type", "status_code", "param"]),
+        ("vllm.entrypoints.serve.utils.api_utils", "should_include_usage",
+         ["stream_options", "enable_force_include_usage"]),
+        ("vllm.envs", "enable_envs_cache", []),
+        ("vllm.envs", "disable_envs_cache", []),
         ("vllm.logger", "configure_logging_from_args", ["args"]),
         ("vllm.renderers.inputs.preprocess", "extract_prompt_len", ["model_config", "prompt"]),
     ],
