@@ -13,7 +13,7 @@ from vllm.inputs import EngineInput
 from vllm.renderers.chat_utils import ConversationMessage
 
 from server.engine.counting import MessageCounter, Overheads, has_media, message_text, text_bytes
-from server.engine.thinking import Spot, spot_of, without_thinking
+from server.engine.thinking import Spot, spots_in, without_thinking
 from server.policy.refusals import ContextLengthExceeded
 
 Rendered = tuple[list[ConversationMessage], list[EngineInput]]
@@ -69,7 +69,7 @@ class Conversation:
         around = [by_role.get(message.get("role", ""), other) for message in self.messages]
         now = list(map(add, counts, around))
         for i, message in enumerate(self.messages):
-            if not isinstance(message.get("content"), str) and has_media(message):
+            if type(message.get("content")) is not str and has_media(message):
                 now[i] = around[i] + max(counts[i], await self._media_tokens(message))
         settled = now
         if shorter:
@@ -80,7 +80,7 @@ class Conversation:
 
     async def _settled_texts(self) -> dict[int, str]:
         """By index, what is printed of the answers that lose their thinking once the user speaks again."""
-        spots = {i: spot for i, message in enumerate(self.messages) if (spot := spot_of(message)) is not None}
+        spots = spots_in(self.messages)
         left_out = await self.left_out() if spots else frozenset()
         return {
             i: message_text(without_thinking(self.messages[i], spot[0]))

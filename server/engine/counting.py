@@ -96,7 +96,7 @@ class MessageCounter:
 def message_text(message: Mapping[str, Any]) -> str:
     """All text of a message that a template may print, tool calls as JSON."""
     content = message.get("content")
-    if isinstance(content, str) and _is_plain(message):
+    if type(content) is str and len(message) == _PLAIN_MESSAGE_FIELDS and message.get("role") != "tool":
         return content
     parts = [_content_text(message[field]) for field in _MESSAGE_TEXT_FIELDS if message.get(field)]
     if message.get("role") == "tool":  # some templates print results as JSON strings
@@ -104,10 +104,6 @@ def message_text(message: Mapping[str, Any]) -> str:
     if calls := message.get("tool_calls"):
         parts.append(json.dumps(calls, ensure_ascii=False, default=str))
     return "\n".join(parts)
-
-
-def _is_plain(message: Mapping[str, Any]) -> bool:
-    return len(message) == _PLAIN_MESSAGE_FIELDS and message.get("role") != "tool"
 
 
 def _content_text(content: Any) -> str:
@@ -123,7 +119,7 @@ def _content_text(content: Any) -> str:
 def text_bytes(message: Mapping[str, Any]) -> int | None:
     """At least the UTF-8 length of `message_text`, found fast; None for a message with media."""
     content = message.get("content")
-    if isinstance(content, str) and _is_plain(message):
+    if type(content) is str and len(message) == _PLAIN_MESSAGE_FIELDS and message.get("role") != "tool":
         return len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
     return None if has_media(message) else len(message_text(message).encode("utf-8", "surrogatepass"))
 

@@ -5,7 +5,7 @@ Whether this one does is tried out on it, for each place where a client may put 
 """
 
 import copy
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import Enum, auto
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ ProbeLength = Callable[[list[dict[str, Any]]], Awaitable[int | None]]
 
 _OPEN: Final = "<think>"
 _CLOSE: Final = "</think>"
+_PLAIN_FIELDS: Final = 2  # role and content
 _MUCH: Final = " ".join(["thought"] * 48)
 _MERGED_TOKENS: Final = 2  # for each answer: text split in two places can take a token more or less at the seam
 
@@ -38,6 +39,17 @@ def spot_of(message: Mapping[str, Any]) -> Spot | None:
     if reasoning and isinstance(reasoning, str) and _OPEN not in text and _CLOSE not in text:
         place = Place.FIELD
     return None if place is None else (place, bool(message.get("tool_calls")))
+
+
+def spots_in(messages: Sequence[Mapping[str, Any]]) -> dict[int, Spot]:
+    """By index, where the messages of a history have their thinking."""
+    likely = [
+        i
+        for i, message in enumerate(messages)
+        if message.get("role") == "assistant"
+        and (len(message) > _PLAIN_FIELDS or _CLOSE in (message.get("content") or ""))
+    ]
+    return {i: spot for i in likely if (spot := spot_of(messages[i])) is not None}
 
 
 def _place_in(text: str) -> Place | None:

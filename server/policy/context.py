@@ -165,12 +165,7 @@ def plan_fit(
     """
     settled = tokens if settled is None else settled
     running = _RunningWindow(layout, window, sum(tokens[: layout.head]), retention_ratio)
-    for i in range(layout.head, len(tokens)):
-        if running.over_budget and (layout.messages[i].role == "assistant" or running.left_unanswered(i)):
-            running.shed(i)
-        running.append(i, tokens[i], settled[i])
-    if running.over_budget:
-        running.shed(len(tokens))
+    running.hear(tokens, settled)
     return _fit_at(running.turn, running.unit, layout, printed_tokens(layout, tokens, settled), window)
 
 
@@ -227,22 +222,31 @@ class _RunningWindow:
         self._last_turn, self._units = HEAD, 0
         self._live = self._unsettled = self.turn = self.unit = 0
 
-    def append(self, i: int, count: int, settled: int) -> None:
-        turn, unit = self._layout.turn_of[i], self._layout.unit_of[i]
-        if turn > self._last_turn:
-            self._settle()
-            self._last_turn = turn
-        if unit >= self._units:
-            self._units = unit + 1
-        if turn < self.turn or NO_UNIT < unit < self.unit:
-            return
-        self._live += count
-        self._turn_tokens[turn] += count
-        if unit != NO_UNIT:
-            self._unit_tokens[unit] += count
-            if settled != count and turn == self._last_turn:
-                self._unsettled_units[unit] = self._unsettled_units.get(unit, 0) + count - settled
-                self._unsettled += count - settled
+    def hear(self, tokens: Sequence[int], settled: Sequence[int]) -> None:
+        """Take in the whole history, message by message, and shed whenever the model was asked."""
+        layout, turn_tokens, unit_tokens = self._layout, self._turn_tokens, self._unit_tokens
+        history = zip(layout.messages, layout.turn_of, layout.unit_of, tokens, settled, strict=True)
+        for i, (message, turn, unit, count, later) in enumerate(history):
+            if turn == HEAD:
+                continue
+            if self._live > self._budget and (message.role == "assistant" or self._left_unanswered(i, turn)):
+                self._shed(i)
+            if turn > self._last_turn:
+                self._settle()
+                self._last_turn = turn
+            if unit >= self._units:
+                self._units = unit + 1
+            if turn < self.turn or NO_UNIT < unit < self.unit:
+                continue
+            self._live += count
+            turn_tokens[turn] += count
+            if unit != NO_UNIT:
+                unit_tokens[unit] += count
+                if later != count and turn == self._last_turn:
+                    self._unsettled_units[unit] = self._unsettled_units.get(unit, 0) + count - later
+                    self._unsettled += count - later
+        if self._live > self._budget:
+            self._shed(len(tokens))
 
     def _settle(self) -> None:
         """The last turn is over: what it holds costs what it will cost from now on."""
@@ -252,16 +256,12 @@ class _RunningWindow:
             self._unsettled = 0
             self._unsettled_units.clear()
 
-    @property
-    def over_budget(self) -> bool:
-        return self._live > self._budget
-
-    def left_unanswered(self, i: int) -> bool:
+    def _left_unanswered(self, i: int, turn: int) -> bool:
         """Whether message i opens a turn after one that ends with a question, and counted thinking for it till now."""
-        opens = self._unsettled > 0 and self._layout.turn_of[i] > self._last_turn
+        opens = self._unsettled > 0 and turn > self._last_turn
         return opens and self._layout.messages[i - 1].role != "assistant"
 
-    def shed(self, length: int) -> None:
+    def _shed(self, length: int) -> None:
         """Hold the first `length` messages to the budget, as a request that ended there would have been held to it."""
         if length <= self._layout.head:
             return

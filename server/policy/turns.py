@@ -114,16 +114,22 @@ def _turns(messages: Sequence[MessageView], head: int) -> tuple[list[int], list[
     """The turn in which each message stands, and for each turn the number of units before it."""
     turns, first_units, units = [HEAD] * head, list[int](), 0
     waiting = 0  # instructions whose turn is known with the next message
+    turn = -1
     for message in messages[head:]:
-        if message.role in _INSTRUCTING_ROLES:
+        role = message.role
+        if role in _INSTRUCTING_ROLES:
             waiting += 1
             continue
-        if message.role == "user" or not first_units:
+        if role == "user" or turn < 0:
             first_units.append(units)
-        turns += [len(first_units) - 1] * (waiting + 1)
-        units += message.role == "assistant"
-        waiting = 0
-    return turns + [len(first_units) - 1] * waiting, first_units
+            turn += 1
+        if role == "assistant":
+            units += 1
+        if waiting:
+            turns += [turn] * waiting
+            waiting = 0
+        turns.append(turn)
+    return turns + [turn] * waiting, first_units
 
 
 def _units(messages: Sequence[MessageView]) -> tuple[list[int], list[int]]:
