@@ -14,8 +14,9 @@ from typing import Final
 # What ChatML prints around a message: two marks, the role and two line breaks. The first three open an answer.
 _AROUND_MESSAGE_TOKENS: Final = 5
 _OPENING_TOKENS: Final = 3
-# What a token of history may cost in tokens of prefill; the bars lie between these for exchanges of 2 to 30% of a room.
-PRICES: Final = tuple(2 ** (step / 2) for step in range(-4, 5))
+# What a token of history may cost in tokens of prefill. The bar of 85% lies between these prices for exchanges of some
+# thousandths to a third of the room: with a share x of it, a price p makes about sqrt(2 / (p x)) turns for each cut.
+PRICES: Final = tuple(2 ** (step / 2) for step in range(-10, 5))
 
 
 @dataclass(frozen=True, slots=True)

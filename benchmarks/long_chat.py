@@ -48,7 +48,7 @@ _TEMPLATE_TOKENS: Final = 64
 _LEAST_CACHED_WINDOWS: Final = 3
 _TIMEOUT_S: Final = 600.0
 _TURNS: Final = 24
-_QUICK_TURNS: Final = 6
+_QUICK_TURNS: Final = 5
 _DATA: Final = "data: "
 _DONE: Final = "data: [DONE]"
 _DROPPED: Final = re.compile(r"messages=(\d+)")
@@ -331,7 +331,7 @@ def _fill_cache(way: Way, messages: list[Message], window: int) -> None:
 @click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM FLAGS]")
 @click.option("--model", help="Model folder or name. [default: the embedded model]")
 @click.option("--window", type=click.IntRange(512), default=2048, show_default=True, help="Tokens a model can see.")
-@click.option("--turns", type=click.IntRange(1), help="Turns past the window, by conversation. [default: 24, quick 6]")
+@click.option("--turns", type=click.IntRange(1), help="Turns past the window, by conversation. [default: 24, quick 5]")
 @click.option("--conversations", type=click.IntRange(1), default=4, show_default=True, help="How many are replayed.")
 @click.option(
     "--kind", "kinds", type=click.Choice(conversations.KINDS), multiple=True, help="Repeatable. [default: all]"
