@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from benchmarks import fit_overhead, front_end, long_chat, serving, start_up
+from benchmarks import cut_table, fit_overhead, front_end, long_chat, serving, start_up
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,6 +19,7 @@ def benchmarks(context: click.Context) -> None:
 benchmarks.add_command(serving.command)
 benchmarks.add_command(start_up.command)
 benchmarks.add_command(long_chat.command)
+benchmarks.add_command(cut_table.command)
 benchmarks.add_command(fit_overhead.command)
 benchmarks.add_command(front_end.command)
 

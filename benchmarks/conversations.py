@@ -11,9 +11,13 @@ same text. A message's length is lognormal, in words for English and in characte
     counselling-*   user           20                55       200
                     assistant      40                80       300
 
-`chat` has the shape of public chat logs: most questions are a line, a few are pages, and answers are longer (the table
-of LMSYS-Chat-1M, arXiv 2309.11998, gives means of 52 to 70 tokens for a prompt and 190 to 215 for an answer).
+`chat` has the shape of public chat logs: most questions are a line, a few are pages, and answers are longer. The means
+that WildChat's paper gives in tokens (arXiv 2405.01470, table 1) are, for a question and an answer, 70 and 216 in
+LMSYS-Chat-1M, 94 and 348 in ShareGPT, and 296 and 441 in WildChat; those of `chat-en` are near the first.
 `counselling` is a session that goes on for hundreds of short turns.
+
+How many tokens a Chinese message takes is up to the tokenizer: one made for Chinese needs fewer than one for each
+character, that of the embedded model between two and three.
 """
 
 # ruff: noqa: RUF001  # Chinese is written with full-width punctuation

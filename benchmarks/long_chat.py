@@ -6,7 +6,11 @@ The same histories are asked in three ways, turn by turn, on the same engine set
 - plain vLLM gets the whole history and keeps its newest tokens (`truncate_prompt_tokens`);
 - a client of plain vLLM drops oldest turns until the rest leaves room for an answer, as much as Tidegate leaves.
 
-The answers in the histories are fixed texts, so that all three see the same; a turn generates only a few tokens.
+The answers in the histories are fixed texts, so that all three see the same; a turn generates only a few tokens. In a
+real chat the cache holds each prompt together with the answer that was generated after it. So between two turns the
+fixed answer is sent after its prompt, which is not measured and leaves the same blocks in the cache. Token slicing goes
+without: its next prompt begins elsewhere, whatever is cached.
+
 Counting for the client that drops turns is not charged to it. The last two share a server, and a salt at the start of
 each system prompt keeps their cached prefixes apart. Before each request both servers come to rest.
 """
@@ -44,7 +48,7 @@ _TEMPLATE_TOKENS: Final = 64
 _LEAST_CACHED_WINDOWS: Final = 3
 _TIMEOUT_S: Final = 600.0
 _TURNS: Final = 24
-_QUICK_TURNS: Final = 6
+_QUICK_TURNS: Final = 5
 _DATA: Final = "data: "
 _DONE: Final = "data: [DONE]"
 _DROPPED: Final = re.compile(r"messages=(\d+)")
@@ -62,6 +66,7 @@ class Plan:
     kinds: Sequence[str]
     data: Path | None
     seed: int
+    cold_answers: bool
 
     @property
     def longest_prompt(self) -> int:
@@ -94,6 +99,11 @@ class Replay:
     def messages(self, way: str, turn: int, dropped: int = 0) -> list[Message]:
         """What is sent to ask a question, without the `dropped` oldest exchanges."""
         return self.conversation.messages(turn, dropped, f"{_SALTS[way]}{self.number}.")
+
+    def answered(self, way: str, turn: int, dropped: int) -> list[Message]:
+        """The same with the answer, as an engine that generated it has it in its cache."""
+        answer = {"role": "assistant", "content": self.conversation.exchanges[turn].assistant}
+        return [*self.messages(way, turn, dropped), answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +177,7 @@ def _shown(plan: Plan) -> dict[str, Any]:
         "max_tokens": _MAX_TOKENS,
         "drop_oldest_budget_tokens": plan.budget,
         "data": plan.data.name if plan.data else list(plan.kinds),
+        "answers_in_prefix_cache": not plan.cold_answers,
         "seed": plan.seed,
     }
 
@@ -245,6 +256,8 @@ def _replayed(replay: Replay, plan: Plan, stage: Stage) -> Iterator[Turn]:
             stage.rest()
             answer = _ask(way, replay.messages(way.name, turn, dropped if way.name == DROP_OLDEST else 0))
             cut = {TIDEGATE: answer.dropped_messages, SLICING: None, DROP_OLDEST: 2 * dropped}[way.name]
+            if cut is not None and not plan.cold_answers:
+                _fill_cache(way, replay.answered(way.name, turn, cut // 2), plan.window)
             if turn != replay.turns.start:
                 yield _noted(replay, turn, way.name, answer, cut, cutting=cut is None or cut != cuts[way.name])
             cuts[way.name] = cut
@@ -296,11 +309,29 @@ def _ask(way: Way, messages: list[Message]) -> _Answer:
     return _Answer(ttft_s, usage["prompt_tokens"], cached, int(told[1]) if told else 0)
 
 
+def _fill_cache(way: Way, messages: list[Message], window: int) -> None:
+    """Have the engine compute a prompt and its answer, as far as the window goes, without an end mark."""
+    body = {
+        "model": MODEL_NAME,
+        "messages": messages,
+        "max_tokens": 1,
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+        "truncate_prompt_tokens": window - 1,
+        "truncation_side": "right",
+    }
+    if way.name == TIDEGATE:  # an answer may be over the budget, and may move no cut before the next question
+        body["truncation"] = "disabled"
+    answer = way.client.post("/v1/chat/completions", json=body)
+    if answer.status_code != httpx.codes.OK:
+        raise LoadFailed(f"{way.name} answered {answer.status_code} to an answer's text: {answer.text[:300]}")
+
+
 @click.command("long-chat")
 @click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM FLAGS]")
 @click.option("--model", help="Model folder or name. [default: the embedded model]")
 @click.option("--window", type=click.IntRange(512), default=2048, show_default=True, help="Tokens a model can see.")
-@click.option("--turns", type=click.IntRange(1), help="Turns past the window, by conversation. [default: 24, quick 6]")
+@click.option("--turns", type=click.IntRange(1), help="Turns past the window, by conversation. [default: 24, quick 5]")
 @click.option("--conversations", type=click.IntRange(1), default=4, show_default=True, help="How many are replayed.")
 @click.option(
     "--kind", "kinds", type=click.Choice(conversations.KINDS), multiple=True, help="Repeatable. [default: all]"
@@ -308,6 +339,7 @@ def _ask(way: Way, messages: list[Message]) -> _Answer:
 @click.option(
     "--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file in ShareGPT's format."
 )
+@click.option("--cold-answers", is_flag=True, help="Leave the answers out of the prefix caches.")
 @click.option("--seed", default=0, show_default=True, help="Other numbers generate other conversations.")
 @click.option(
     "--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw prefill tokens as SVG."

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any
 
 from cachetools import LRUCache
@@ -12,10 +13,12 @@ from vllm.inputs import EngineInput
 from vllm.renderers.chat_utils import ConversationMessage
 
 from server.engine.counting import MessageCounter, Overheads, has_media, message_text, text_bytes
+from server.engine.thinking import Spot, spots_in, without_thinking
 from server.policy.refusals import ContextLengthExceeded
 
 Rendered = tuple[list[ConversationMessage], list[EngineInput]]
 RenderMessages = Callable[[list[Any]], Awaitable[Rendered]]
+_READABLE_AGAIN = (str, list, dict)
 _TOO_LONG_PARAMETERS = frozenset({"input_tokens", "input_text"})
 
 
@@ -24,13 +27,18 @@ class Costs:
     """Estimated prompt tokens: per message, and for all that is not a message (tool schemas, the template's own)."""
 
     messages: list[int]
+    settled: list[int]  # the same when a later turn has begun, and thinking is left out
     fixed: int
-    newly_counted: int  # messages that were not in the count cache
+    counted: int  # texts
+    newly_counted: int  # of these, the ones that were not in the count cache
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One chat history and the ways to measure and to render it. `bare_length` renders one message and counts."""
+    """One chat history and the ways to measure and to render it.
+
+    `bare_length` renders a short conversation and counts. `left_out` says where the template leaves thinking out.
+    """
 
     messages: list[dict[str, Any]]
     tools: Sequence[Mapping[str, Any]]
@@ -39,27 +47,46 @@ class Conversation:
     overheads: Overheads
     tool_tokens: LRUCache[str, int]
     bare_length: Callable[[list[dict[str, Any]], bool], Awaitable[int]]
+    left_out: Callable[[], Awaitable[frozenset[Spot]]]
     render_messages: RenderMessages
     counts_only: bool  # asked how long it is: never to be fitted
 
-    def most_bytes(self) -> int | None:
-        """The UTF-8 length of everything that is printed, or None where media make it meaningless."""
+    def bytes_within(self, most: int) -> int | None:
+        """The UTF-8 length of all that is printed; None if it is over `most`, or if media make it meaningless."""
         total = len(json.dumps(self.tools, indent=4)) if self.tools else 0
         for message in self.messages:
-            if (length := text_bytes(message)) is None:
+            length = text_bytes(message)
+            if length is None or (total := total + length) > most:
                 return None
-            total += length
-        return total
+        return total if total <= most else None
 
     async def costs(self) -> Costs:
         """Estimates on the high side; see `server/engine/counting.py`."""
-        counts, new = await self.counter.count_and_tell([message_text(message) for message in self.messages])
+        texts = [message_text(message) for message in self.messages]
+        shorter = await self._settled_texts()
+        counts, new = await self.counter.count_and_tell([*texts, *shorter.values()])
+        by_role, other = self.overheads.by_role, self.overheads.largest
+        around = [by_role.get(message.get("role", ""), other) for message in self.messages]
+        now = list(map(add, counts, around))
         for i, message in enumerate(self.messages):
-            if has_media(message):
-                counts[i] = max(counts[i], await self._media_tokens(message))
-        roles = (message.get("role", "") for message in self.messages)
-        each = [count + self.overheads.of(role) for count, role in zip(counts, roles, strict=True)]
-        return Costs(each, self.overheads.prompt + await self._tool_tokens(), new)
+            if type(message.get("content")) is not str and has_media(message):
+                now[i] = around[i] + max(counts[i], await self._media_tokens(message))
+        settled = now
+        if shorter:
+            settled = now.copy()
+            for i, count in zip(shorter, counts[len(texts) :], strict=True):
+                settled[i] = min(now[i], count + around[i])
+        return Costs(now, settled, self.overheads.prompt + await self._tool_tokens(), len(counts), new)
+
+    async def _settled_texts(self) -> dict[int, str]:
+        """By index, what is printed of the answers that lose their thinking once the user speaks again."""
+        spots = spots_in(self.messages)
+        left_out = await self.left_out() if spots else frozenset()
+        return {
+            i: message_text(without_thinking(self.messages[i], spot[0]))
+            for i, spot in spots.items()
+            if spot in left_out
+        }
 
     async def _media_tokens(self, message: dict[str, Any]) -> int:
         """A message with media costs what it costs alone: placeholders are as long there as anywhere."""
@@ -111,7 +138,7 @@ def materialized(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for message in messages:
         for field in ("content", "tool_calls"):
             value = message.get(field)
-            if value is not None and not isinstance(value, str | list | dict):
+            if value is not None and not isinstance(value, _READABLE_AGAIN):
                 message[field] = list(value)
     return messages
 

@@ -2,7 +2,8 @@
 
 A message costs the tokens of its text plus what the chat template prints around it. The first part is cached by
 content, since chat clients send the same messages again with every turn; the second is measured once per role, on the
-template itself. The sum is an estimate on the high side: templates drop text (earlier reasoning) and rarely add any.
+template itself. The sum is an estimate on the high side: templates drop text and rarely add any. What they drop most,
+the thinking in earlier answers, is left out where that is certain (`thinking.py`).
 """
 
 import asyncio
@@ -10,9 +11,8 @@ import copy
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from cachetools import LRUCache
 from vllm.renderers.chat_utils import has_non_text_content
 from vllm.tokenizers import TokenizerLike
 
@@ -20,6 +20,7 @@ RenderLength = Callable[[list[dict[str, Any]]], Awaitable[int]]
 
 _FALLBACK_OVERHEAD_TOKENS: Final = 16
 _PROBE: Final = "a"
+_SENTENCE: Final = "The tide is low, and rises."  # what stands around a text may merge with its first or last token
 _TOKENS_OF_MERGING: Final = 1  # at the seams of a template two pieces of text can split differently than alone
 _PLAIN_MESSAGE_FIELDS: Final = 2  # role and content
 _MESSAGE_TEXT_FIELDS: Final = ("content", "reasoning", "reasoning_content", "refusal", "name")
@@ -42,13 +43,22 @@ class Overheads:
 
 
 class MessageCounter:
-    """Token counts of message texts, in a cache of at most `max_entries` (about 200 bytes each)."""
+    """Token counts of message texts, in a cache of at most `max_entries` (about 200 bytes each).
+
+    The cache is two dictionaries: when the recent one is full it becomes the older one, and what is not asked for again
+    goes with that. A long history looks up thousands of texts at once, and an LRU takes several times as long for each.
+    """
 
     def __init__(self, tokenizer: TokenizerLike, max_entries: int) -> None:
         # A copy of its own: the renderer sets truncation on the original while it encodes in another thread.
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._half = max(1, max_entries // 2)
         # Keyed by Python's own hash, which is salted for each process, so nobody can make two texts collide.
-        self._counts: LRUCache[tuple[int, int], int] = LRUCache(max_entries)
+        self._recent: dict[tuple[int, int], int] = {}
+        self._older: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._recent) + len(self._older)
 
     async def count(self, texts: Sequence[str]) -> list[int]:
         """The tokens of each text."""
@@ -57,13 +67,23 @@ class MessageCounter:
     async def count_and_tell(self, texts: Sequence[str]) -> tuple[list[int], int]:
         """The tokens of each text, and how many texts were new. Those are encoded off the event loop."""
         keys = [(len(text), hash(text)) for text in texts]
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._counts}
-        found = {key: self._counts[key] for key in keys if key not in missing}
+        counts = [self._recent.get(key) for key in keys]
+        if None not in counts:
+            return cast("list[int]", counts), 0
+        unsure = {key: text for key, text, count in zip(keys, texts, counts, strict=True) if count is None}
+        found = {key: self._older[key] for key in unsure if key in self._older}
+        missing = {key: text for key, text in unsure.items() if key not in found}
         if missing:
-            counted = await asyncio.to_thread(self._encode, list(missing.values()))
-            found |= zip(missing, counted, strict=True)
-            self._counts.update(zip(missing, counted, strict=True))
-        return [found[key] for key in keys], len(missing)
+            found |= zip(missing, await asyncio.to_thread(self._encode, list(missing.values())), strict=True)
+        for key, tokens in found.items():
+            self._remember(key, tokens)
+        both = zip(keys, counts, strict=True)
+        return [found[key] if count is None else count for key, count in both], len(missing)
+
+    def _remember(self, key: tuple[int, int], count: int) -> None:
+        if len(self._recent) >= self._half:
+            self._recent, self._older = {}, self._recent
+        self._recent[key] = count
 
     def _encode(self, texts: list[str]) -> list[int]:
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON can hold lone surrogates
@@ -76,7 +96,7 @@ class MessageCounter:
 def message_text(message: Mapping[str, Any]) -> str:
     """All text of a message that a template may print, tool calls as JSON."""
     content = message.get("content")
-    if isinstance(content, str) and _is_plain(message):
+    if type(content) is str and len(message) == _PLAIN_MESSAGE_FIELDS and message.get("role") != "tool":
         return content
     parts = [_content_text(message[field]) for field in _MESSAGE_TEXT_FIELDS if message.get(field)]
     if message.get("role") == "tool":  # some templates print results as JSON strings
@@ -84,10 +104,6 @@ def message_text(message: Mapping[str, Any]) -> str:
     if calls := message.get("tool_calls"):
         parts.append(json.dumps(calls, ensure_ascii=False, default=str))
     return "\n".join(parts)
-
-
-def _is_plain(message: Mapping[str, Any]) -> bool:
-    return len(message) == _PLAIN_MESSAGE_FIELDS and message.get("role") != "tool"
 
 
 def _content_text(content: Any) -> str:
@@ -103,7 +119,7 @@ def _content_text(content: Any) -> str:
 def text_bytes(message: Mapping[str, Any]) -> int | None:
     """At least the UTF-8 length of `message_text`, found fast; None for a message with media."""
     content = message.get("content")
-    if isinstance(content, str) and _is_plain(message):
+    if type(content) is str and len(message) == _PLAIN_MESSAGE_FIELDS and message.get("role") != "tool":
         return len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
     return None if has_media(message) else len(message_text(message).encode("utf-8", "surrogatepass"))
 
@@ -111,6 +127,14 @@ def text_bytes(message: Mapping[str, Any]) -> int | None:
 def has_media(message: Mapping[str, Any]) -> bool:
     """Whether a message holds an image, audio or video, whose tokens only the model's processor knows."""
     return bool(has_non_text_content([message]))
+
+
+async def length_or_none(render_length: RenderLength, messages: list[dict[str, Any]]) -> int | None:
+    """The tokens of a conversation, or None where the template refuses it."""
+    try:
+        return await render_length(messages)
+    except Exception:  # noqa: BLE001  # a template may raise whatever it likes; then there is nothing to learn
+        return None
 
 
 async def measure_overheads(render_length: RenderLength, counter: MessageCounter) -> Overheads:
@@ -121,10 +145,13 @@ async def measure_overheads(render_length: RenderLength, counter: MessageCounter
     (word,) = await counter.count([_PROBE])
 
     async def length(*messages: dict[str, Any]) -> int | None:
-        try:
-            return await render_length(list(messages))
-        except Exception:  # noqa: BLE001  # a template may raise whatever it likes; then there is nothing to learn
-            return None
+        return await length_or_none(render_length, list(messages))
+
+    async def around_each(text: str) -> int | None:
+        (tokens,) = await counter.count([text])
+        asked, said = {"role": "user", "content": text}, {"role": "assistant", "content": text}
+        fewer, more = await length(asked), await length(asked, said, asked)
+        return None if fewer is None or more is None else -(-(more - fewer - 2 * tokens) // 2)
 
     user, assistant = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}
     call = {"id": "call_abcd1", "type": "function", "function": {"name": _PROBE, "arguments": "{}"}}
@@ -134,10 +161,8 @@ async def measure_overheads(render_length: RenderLength, counter: MessageCounter
     three = await length(user, assistant, user)
     with_system = await length({"role": "system", "content": _PROBE}, user)
     with_tools = await length(user, calling, result, assistant, user)
-    by_role = {"user": _FALLBACK_OVERHEAD_TOKENS, "assistant": _FALLBACK_OVERHEAD_TOKENS}
-    if one is not None and three is not None:
-        each = -(-(three - one - 2 * word) // 2) + _TOKENS_OF_MERGING
-        by_role = {"user": each, "assistant": each}
+    found = [each for text in (_PROBE, _SENTENCE) if (each := await around_each(text)) is not None]
+    by_role = dict.fromkeys(("user", "assistant"), max(found, default=_FALLBACK_OVERHEAD_TOKENS))
     by_role["system"] = by_role["developer"] = by_role["user"]
     if one is not None and with_system is not None:
         by_role["system"] = max(by_role["user"], with_system - one - word + _TOKENS_OF_MERGING)

@@ -15,7 +15,7 @@ from typing import Any, Final, get_type_hints
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 from starlette.datastructures import State
 from starlette.requests import Request
@@ -26,6 +26,7 @@ from vllm.tasks import SupportedTask
 
 from server.engine import failures
 from server.engine.calls import Call, Reply, StreamReply
+from server.engine.validation import Validator
 
 OperationKey = tuple[str, str]  # method, path template
 _BODY: Final = "request"  # what vLLM's endpoints call their body
@@ -50,15 +51,15 @@ class Operation:
         self._kinds = {name: kind for name, kind in hints.items() if kind is not Request}
 
     @cached_property
-    def _validators(self) -> dict[str, TypeAdapter[Any]]:
-        return {name: TypeAdapter(kind) for name, kind in self._kinds.items()}
+    def _validators(self) -> dict[str, Validator]:
+        return {name: Validator(kind) for name, kind in self._kinds.items()}
 
     def body_schema(self) -> dict[str, Any] | None:
         """The JSON schema of the body, or None where there is none or it cannot be written as one."""
         if _BODY not in self._kinds:
             return None
         try:
-            return self._validators[_BODY].json_schema(ref_template="#/components/schemas/{model}")
+            return self._validators[_BODY].adapter.json_schema(ref_template="#/components/schemas/{model}")
         except PydanticInvalidForJsonSchema:
             return None
 
@@ -76,9 +77,7 @@ class Operation:
     def _validate(self, call: Call) -> dict[str, Any]:
         given: dict[str, Any] = {**call.query, **call.path_params, _BODY: call.body}
         arguments: dict[str, Any] = {
-            name: validator.validate_python(given[name])
-            for name, validator in self._validators.items()
-            if name in given
+            name: validator(given[name]) for name, validator in self._validators.items() if name in given
         }
         return arguments | dict.fromkeys(self._request_names, self._request(call))
 

@@ -6,8 +6,9 @@ Both hand the work to a `Seams` object from the serving room, together with vLLM
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
@@ -37,10 +38,12 @@ from server.engine.conversations import (
     plain_prompts,
     without_token_slicing,
 )
-from server.engine.counting import MessageCounter, Overheads, measure_overheads
+from server.engine.counting import MessageCounter, Overheads, length_or_none, measure_overheads
 from server.engine.progress import Progress, follow_requests, followed
+from server.engine.thinking import Spot, spots_left_out
 
 _TOOL_SETS_REMEMBERED: Final = 256
+_TEMPLATE_SETTINGS_REMEMBERED: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ class SeamedRenderer(OnlineRenderer):
     counter: MessageCounter
     overheads: Overheads
     tool_tokens: LRUCache[str, int]
+    left_out: LRUCache[int, frozenset[Spot]]
 
     async def preprocess_chat(
         self,
@@ -117,14 +121,17 @@ class SeamedRenderer(OnlineRenderer):
                 skip_mm_cache=skip_mm_cache,
             )
 
-        async def bare_length(probe: list[dict[str, Any]], with_tools: bool) -> int:
+        def chat_params(with_tools: bool) -> ChatParams:
             params = request.build_chat_params(default_template, default_template_content_format)
             kwargs = {
                 **(default_template_kwargs or {}),
                 "tools": tool_dicts if with_tools else None,
                 "tokenize": is_mistral_tokenizer(self.renderer.tokenizer),
             }
-            return await self.bare_length(probe, params.with_defaults(kwargs))
+            return params.with_defaults(kwargs)
+
+        async def bare_length(probe: list[dict[str, Any]], with_tools: bool) -> int:
+            return await self.bare_length(probe, chat_params(with_tools))
 
         conversation = Conversation(
             messages=materialized(messages),
@@ -134,6 +141,7 @@ class SeamedRenderer(OnlineRenderer):
             overheads=self.overheads,
             tool_tokens=self.tool_tokens,
             bare_length=bare_length,
+            left_out=lambda: self.thinking_left_out(chat_params(with_tools=False)),
             render_messages=without_token_slicing(request, render),
             counts_only=isinstance(request, TokenizeChatRequest),
         )
@@ -165,6 +173,19 @@ class SeamedRenderer(OnlineRenderer):
         _, (engine_input,) = await self.renderer.render_chat_async([messages], params, no_limit)
         return len(engine_input["prompt_token_ids"])
 
+    async def thinking_left_out(self, params: ChatParams) -> frozenset[Spot]:
+        """Where the template leaves thinking out of earlier answers, tried out once for each of its settings."""
+        settings = {**params.chat_template_kwargs, "add_generation_prompt": True, "continue_final_message": False}
+        key = hash((params.chat_template, json.dumps(settings, sort_keys=True, default=str)))
+        if key not in self.left_out:
+            probed = replace(params, chat_template_kwargs=settings)
+
+            async def length(probe: list[dict[str, Any]]) -> int | None:
+                return await length_or_none(lambda messages: self.bare_length(messages, probed), probe)
+
+            self.left_out[key] = await spots_left_out(length)
+        return self.left_out[key]
+
 
 async def open_renderer_seam(renderer: OnlineRenderer, seams: Seams, count_cache_entries: int) -> None:
     """Put seam 1 into a renderer in place, and measure the chat template it renders with.
@@ -177,6 +198,7 @@ async def open_renderer_seam(renderer: OnlineRenderer, seams: Seams, count_cache
     renderer.seams = seams
     renderer.counter = MessageCounter(renderer.renderer.tokenizer, count_cache_entries)
     renderer.tool_tokens = LRUCache(_TOOL_SETS_REMEMBERED)
+    renderer.left_out = LRUCache(_TEMPLATE_SETTINGS_REMEMBERED)
     params = ChatParams(
         chat_template=renderer.chat_template,
         chat_template_content_format=renderer.chat_template_content_format,

@@ -1,39 +1,19 @@
 """Decides which messages of a chat history the model gets to see, so that every history fits its context window.
 
-Three words carry the rules. The *head* is the leading run of system and developer messages: it always stays. A *turn*
-is a user message and all that follows until the next one; a system or developer message belongs to the turn it stands
-in, or, where it stands directly before a user message, to the turn which that message opens. A *unit* is an assistant
-message with every result of its tool calls, wherever those stand.
-
-Turns go oldest first and whole. The last turn stays; only if it alone is too long do its units go, oldest first.
+Turns go oldest first and whole. The last turn stays; only if it alone is too long do its units go, oldest first. What
+turns and units are is said in `turns.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 from server.policy.refusals import ContextLengthExceeded, InvalidRequest
+from server.policy.turns import HEAD, NO_UNIT, Layout
 
-DEFAULT_RETENTION_RATIO: Final = 0.8
+DEFAULT_RETENTION_RATIO: Final = 0.75
 # Economy at level 2 of the ladder. Two fixed values, because a third would move every cut and lose every cached prefix.
 BUDGET_FACTORS: Final = (1.0, 0.5)
-
-_HEAD: Final = -1
-_NO_UNIT: Final = -1
-_INSTRUCTING_ROLES: Final = frozenset({"system", "developer"})
-
-
-class OrphanToolResult(InvalidRequest):
-    """A tool message answers a call that no earlier message makes."""
-
-    def __init__(self, index: int, tool_call_id: str | None) -> None:
-        result = f"a result of tool call '{tool_call_id}'" if tool_call_id else "a tool result without `tool_call_id`"
-        super().__init__(
-            f"messages[{index}] is {result}, but no assistant message before it makes that call. "
-            "Send the assistant message with its `tool_calls` too, or leave the result out.",
-            param=f"messages[{index}]",
-        )
-        self.index = index
 
 
 class LastTurnTooLong(ContextLengthExceeded):
@@ -90,117 +70,6 @@ def parse_truncation(value: object, default: TruncationPolicy) -> TruncationPoli
     )
 
 
-class MessageView(NamedTuple):
-    """All that the rules look at in a message."""
-
-    role: str
-    call_ids: tuple[str | None, ...] = ()  # one per tool call of an assistant message; None for a call without an id
-    result_of: str | None = None  # the `tool_call_id` of a tool message
-
-
-def view(message: Mapping[str, Any]) -> MessageView:
-    """A message in OpenAI's chat format as the rules see it; `tool_calls` must be a list, as vLLM makes it."""
-    role = "function" if _is_tool_response(message) else message.get("role", "")
-    calls = message.get("tool_calls")
-    if calls is None:
-        return MessageView(role, (), message.get("tool_call_id") or None)
-    if not isinstance(calls, Sequence):
-        raise TypeError("tool_calls must be a list: reading an iterator here would use it up")
-    ids = tuple(call.get("id") or None if isinstance(call, Mapping) else None for call in calls)
-    return MessageView(role, ids, message.get("tool_call_id") or None)
-
-
-def _is_tool_response(message: Mapping[str, Any]) -> bool:
-    """A tool's result sent as the user's: no question, and Qwen 3.5's template refuses a history without one."""
-    content = message.get("content")
-    if message.get("role") != "user" or not isinstance(content, str):
-        return False
-    text = content.strip()
-    return text.startswith("<tool_response>") and text.endswith("</tool_response>")
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where each message of a history belongs: its turn (-1 for the head) and its unit (-1 for none).
-
-    A tool result has the turn and the unit of its call, so that whatever is dropped the pair stays whole.
-    """
-
-    messages: tuple[MessageView, ...]
-    head: int
-    turn_of: tuple[int, ...]
-    unit_of: tuple[int, ...]
-    first_units: tuple[int, ...]  # for each turn, how many units stand before it
-
-    @property
-    def last_turn(self) -> int:
-        return len(self.first_units) - 1
-
-    @property
-    def units(self) -> int:
-        return max(self.unit_of, default=_NO_UNIT) + 1
-
-    def pinned_units(self, length: int, last_turn: int) -> int:
-        """How many of the newest units may never go while the history is its first `length` messages.
-
-        One if these end with an assistant message, which the model is to continue, or if no user has spoken yet, when
-        dropping every unit would leave nothing to answer.
-        """
-        no_user_yet = last_turn == 0 and self.messages[self.head].role != "user"
-        return int(no_user_yet or self.messages[length - 1].role == "assistant")
-
-
-def lay_out(messages: Sequence[MessageView]) -> Layout:
-    """Group messages into head, turns and units; raises `OrphanToolResult`."""
-    unit_of, unit_starts = _units(messages)
-    head = next((i for i, message in enumerate(messages) if message.role not in _INSTRUCTING_ROLES), len(messages))
-    turns, first_units = _turns(messages, head)
-    turn_of = [turns[i] if unit == _NO_UNIT else turns[unit_starts[unit]] for i, unit in enumerate(unit_of)]
-    return Layout(tuple(messages), head, tuple(turn_of), tuple(unit_of), tuple(first_units))
-
-
-def _turns(messages: Sequence[MessageView], head: int) -> tuple[list[int], list[int]]:
-    """The turn in which each message stands, and for each turn the number of units before it."""
-    turns, first_units, units = [_HEAD] * head, list[int](), 0
-    waiting = 0  # instructions whose turn is known with the next message
-    for message in messages[head:]:
-        if message.role in _INSTRUCTING_ROLES:
-            waiting += 1
-            continue
-        if message.role == "user" or not first_units:
-            first_units.append(units)
-        turns += [len(first_units) - 1] * (waiting + 1)
-        units += message.role == "assistant"
-        waiting = 0
-    return turns + [len(first_units) - 1] * waiting, first_units
-
-
-def _units(messages: Sequence[MessageView]) -> tuple[list[int], list[int]]:
-    """The unit of each message, and the index of the assistant message that opens each unit."""
-    unit_of, starts = list[int](), list[int]()
-    callers: dict[str, int] = {}  # a call id used again means the latest call
-    speaker = _NO_UNIT  # the unit that the current message directly follows, through results only
-    for i, message in enumerate(messages):
-        match message.role:
-            case "assistant":
-                speaker = len(starts)
-                starts.append(i)
-                callers.update({call_id: speaker for call_id in message.call_ids if call_id})
-                unit_of.append(speaker)
-            case "tool":
-                follows_calls = speaker != _NO_UNIT and messages[starts[speaker]].call_ids
-                caller = callers.get(message.result_of) if message.result_of else speaker if follows_calls else None
-                if caller is None:
-                    raise OrphanToolResult(i, message.result_of)
-                unit_of.append(caller)
-            case "function":  # the deprecated form: its results bear no id
-                unit_of.append(speaker)
-            case _:
-                speaker = _NO_UNIT
-                unit_of.append(_NO_UNIT)
-    return unit_of, starts
-
-
 def default_reserve_tokens(max_model_len: int) -> int:
     """Room kept for the reply when old turns are dropped: a constant of the model, or the cut would move."""
     return min(1024, max_model_len // 4)
@@ -244,8 +113,16 @@ def fits_by_bytes(total_bytes: int, message_count: int, message_overhead_tokens:
     schemas and arguments in their escaped form included; `message_overhead_tokens` allows for the special tokens
     around one message. Images and audio have no such bound: count those.
     """
-    most_tokens = total_bytes + message_count * message_overhead_tokens + window.fixed_tokens
-    return most_tokens <= (window.max_model_len - window.reserve_tokens) * window.factor
+    return fits_whole(total_bytes + message_count * message_overhead_tokens, window)
+
+
+def fits_whole(total_tokens: int, window: Window) -> bool:
+    """Whether messages that cost so much together fit for certain: `plan_fit` leaves them alone.
+
+    Only if none of them has cost more in an earlier turn, which may have cut the history for good.
+    """
+    room = (window.max_model_len - window.reserve_tokens) * window.factor
+    return total_tokens + window.fixed_tokens <= min(room, window.max_prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,34 +136,51 @@ class Fit:
     cut_turn: int  # turns before this one are gone
     cut_unit: int  # units before this one are gone, also from the turns that are left
 
+    @classmethod
+    def whole(cls, tokens: Sequence[int], window: Window) -> "Fit":
+        """That of a history which is left alone."""
+        return cls(tuple(range(len(tokens))), (), window.fixed_tokens + sum(tokens), 0, 0, 0)
+
     @property
     def truncated(self) -> bool:
         return bool(self.dropped)
 
 
-def plan_fit(layout: Layout, tokens: Sequence[int], window: Window, retention_ratio: float) -> Fit:
+def plan_fit(
+    layout: Layout,
+    tokens: Sequence[int],
+    window: Window,
+    retention_ratio: float,
+    settled: Sequence[int] | None = None,
+) -> Fit:
     """Cut a history to its budget so that the next request finds its prefix in the cache.
 
-    `tokens[i]` estimates the rendered cost of message i. The cut follows OpenAI Realtime's `retention_ratio`: each time
-    the model was asked (before every assistant message, and now) and the messages kept were over the budget, oldest
-    ones go until at most that share of it is left. It is a fold over the history the client sends again, so every
-    replica finds the same cut without remembering it, and appending messages never brings a dropped one back. What may
-    not be dropped can still be over the window: the render tells, since estimates may be too high.
+    `tokens[i]` estimates the rendered cost of message i, and `settled[i]` what it costs once a later turn has begun,
+    which is less for an answer whose thinking the template then leaves out. The cut follows OpenAI Realtime's
+    `retention_ratio`: each time the model was asked (before every assistant message, and now) and the messages kept
+    were over the budget, oldest ones go until at most that share of it is left. It is a fold over the history the
+    client sends again, so every replica finds the same cut without remembering it, and appending messages never brings
+    a dropped one back. (One exception: what was dropped for the thinking in a reply that the model was to continue.)
+    What may not be dropped can still be over the window: the render tells, since estimates may be too high.
     """
-    head_tokens = sum(tokens[: layout.head])
-    running = _RunningWindow(layout, window, head_tokens, retention_ratio)
-    for i, (message, count) in enumerate(zip(layout.messages, tokens, strict=True)):
-        if message.role == "assistant":
-            running.shed(i)
-        if i >= layout.head:
-            running.append(i, count)
-    running.shed(len(layout.messages))
-    return _fit_at(running.turn, running.unit, layout, tokens, window)
+    settled = tokens if settled is None else settled
+    running = _RunningWindow(layout, window, sum(tokens[: layout.head]), retention_ratio)
+    running.hear(tokens, settled)
+    return _fit_at(running.turn, running.unit, layout, printed_tokens(layout, tokens, settled), window)
+
+
+def printed_tokens(layout: Layout, tokens: Sequence[int], settled: Sequence[int]) -> Sequence[int]:
+    """What each message costs in the history as it is now: settled, unless it stands in the last turn."""
+    if settled is tokens:
+        return tokens
+    last = layout.last_turn
+    return [now if turn == last else later for turn, now, later in zip(layout.turn_of, tokens, settled, strict=True)]
 
 
 def drop_one_more(fit: Fit, layout: Layout, tokens: Sequence[int], window: Window, rendered_tokens: int) -> Fit:
     """The next smaller fit, for when the real render of this one, `rendered_tokens`, is too long after all.
 
+    `tokens` are those of `printed_tokens`.
     Sheds the oldest turn left, or else the last turn's oldest unit; raises `LastTurnTooLong` when there is neither. The
     next request cannot know of it and cuts where `plan_fit` says, so estimates had better be on the high side.
     """
@@ -299,15 +193,10 @@ def drop_one_more(fit: Fit, layout: Layout, tokens: Sequence[int], window: Windo
     raise LastTurnTooLong(rendered_tokens, window)
 
 
-def _is_dropped(layout: Layout, i: int, cut_turn: int, cut_unit: int) -> bool:
-    turn, unit = layout.turn_of[i], layout.unit_of[i]
-    return turn != _HEAD and (turn < cut_turn or _NO_UNIT < unit < cut_unit)
-
-
 def _fit_at(cut_turn: int, cut_unit: int, layout: Layout, tokens: Sequence[int], window: Window) -> Fit:
     kept, dropped, kept_tokens, dropped_tokens = list[int](), list[int](), window.fixed_tokens, 0
-    for i, count in enumerate(tokens):
-        if _is_dropped(layout, i, cut_turn, cut_unit):
+    for i, (count, turn, unit) in enumerate(zip(tokens, layout.turn_of, layout.unit_of, strict=True)):
+        if turn != HEAD and (turn < cut_turn or NO_UNIT < unit < cut_unit):
             dropped.append(i)
             dropped_tokens += count
         else:
@@ -319,39 +208,71 @@ def _fit_at(cut_turn: int, cut_unit: int, layout: Layout, tokens: Sequence[int],
 class _RunningWindow:
     """The messages kept so far, as sums; each turn and unit enters once and leaves once, so a plan is linear."""
 
-    __slots__ = ("_budget", "_layout", "_limit", "_live", "_target", "_turn_tokens", "_unit_tokens", "turn", "unit")
+    __slots__ = (
+        "_budget", "_last_turn", "_layout", "_limit", "_live", "_target", "_turn_tokens", "_unit_of", "_unit_tokens",
+        "_units", "_unsettled", "_unsettled_units", "turn", "unit",
+    )  # fmt: skip
 
     def __init__(self, layout: Layout, window: Window, head_tokens: int, retention_ratio: float) -> None:
         self._layout = layout
         self._budget, self._limit = window.turn_budget(head_tokens)
         self._target = int(self._budget * retention_ratio)
-        self._turn_tokens, self._unit_tokens = list[int](), list[int]()
-        self._live = self.turn = self.unit = 0
+        self._turn_tokens, self._unit_tokens = [0] * len(layout.first_units), [0] * layout.units
+        self._unsettled_units: dict[int, int] = {}  # of the last turn: what settling takes off each unit
+        self._last_turn, self._units = HEAD, 0
+        self._live = self._unsettled = self.turn = self.unit = 0
 
-    def append(self, i: int, count: int) -> None:
-        turn, unit = self._layout.turn_of[i], self._layout.unit_of[i]
-        self._turn_tokens.extend([0] * (turn + 1 - len(self._turn_tokens)))
-        self._unit_tokens.extend([0] * (unit + 1 - len(self._unit_tokens)))
-        if _is_dropped(self._layout, i, self.turn, self.unit):
-            return
-        self._live += count
-        self._turn_tokens[turn] += count
-        if unit != _NO_UNIT:
-            self._unit_tokens[unit] += count
+    def hear(self, tokens: Sequence[int], settled: Sequence[int]) -> None:
+        """Take in the whole history, message by message, and shed whenever the model was asked."""
+        layout, turn_tokens, unit_tokens = self._layout, self._turn_tokens, self._unit_tokens
+        history = zip(layout.messages, layout.turn_of, layout.unit_of, tokens, settled, strict=True)
+        for i, (message, turn, unit, count, later) in enumerate(history):
+            if turn == HEAD:
+                continue
+            if self._live > self._budget and (message.role == "assistant" or self._left_unanswered(i, turn)):
+                self._shed(i)
+            if turn > self._last_turn:
+                self._settle()
+                self._last_turn = turn
+            if unit >= self._units:
+                self._units = unit + 1
+            if turn < self.turn or NO_UNIT < unit < self.unit:
+                continue
+            self._live += count
+            turn_tokens[turn] += count
+            if unit != NO_UNIT:
+                unit_tokens[unit] += count
+                if later != count and turn == self._last_turn:
+                    self._unsettled_units[unit] = self._unsettled_units.get(unit, 0) + count - later
+                    self._unsettled += count - later
+        if self._live > self._budget:
+            self._shed(len(tokens))
 
-    def shed(self, length: int) -> None:
+    def _settle(self) -> None:
+        """The last turn is over: what it holds costs what it will cost from now on."""
+        if self._unsettled:
+            self._live -= self._unsettled
+            self._turn_tokens[self._last_turn] -= self._unsettled
+            self._unsettled = 0
+            self._unsettled_units.clear()
+
+    def _left_unanswered(self, i: int, turn: int) -> bool:
+        """Whether message i opens a turn after one that ends with a question, and counted thinking for it till now."""
+        opens = self._unsettled > 0 and turn > self._last_turn
+        return opens and self._layout.messages[i - 1].role != "assistant"
+
+    def _shed(self, length: int) -> None:
         """Hold the first `length` messages to the budget, as a request that ended there would have been held to it."""
-        if self._live <= self._budget or length <= self._layout.head:
+        if length <= self._layout.head:
             return
-        last_turn = len(self._turn_tokens) - 1
-        while self.turn < last_turn and self._live > self._target:
+        while self.turn < self._last_turn and self._live > self._target:
             self._drop_turn()
         if self._live <= self._budget:
             return
-        units, prefilled = len(self._unit_tokens), self._layout.messages[length - 1].role == "assistant"
-        while self.unit < units - 1 - prefilled and self._live > self._target:
+        prefilled = self._layout.messages[length - 1].role == "assistant"
+        while self.unit < self._units - 1 - prefilled and self._live > self._target:
             self._drop_unit()
-        droppable = units - self._layout.pinned_units(length, last_turn)
+        droppable = self._units - self._layout.pinned_units(length, self._last_turn)
         if self.unit < droppable and self._live > self._limit:  # the newest goes only if the engine could not take it
             self._drop_unit()
 
@@ -362,7 +283,8 @@ class _RunningWindow:
 
     def _drop_unit(self) -> None:
         self._live -= self._unit_tokens[self.unit]
-        self._turn_tokens[-1] -= self._unit_tokens[self.unit]
+        self._turn_tokens[self._last_turn] -= self._unit_tokens[self.unit]
+        self._unsettled -= self._unsettled_units.pop(self.unit, 0)
         self.unit += 1
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 from server.policy.context import (
     Fit,
     LastTurnTooLong,
-    Layout,
     TruncationPolicy,
     Window,
     default_reserve_tokens,
     drop_one_more,
     fits_by_bytes,
+    fits_whole,
     keep_newest,
-    lay_out,
     plan_fit,
-    view,
+    printed_tokens,
 )
 from server.policy.edits import Edits
 from server.policy.refusals import ContextLengthExceeded
+from server.policy.turns import Layout, lay_out, view
 from server.serving.requests import OpenRequest
 from server.telemetry.metrics import Metrics
 
@@ -52,8 +52,8 @@ class ContextPolicy:
 class FitReport:
     """What a fit decided and from which figures, for the dry run."""
 
-    layout: Layout
-    costs: Costs
+    messages: list[dict[str, Any]]
+    tokens: Sequence[int]  # what each message costs
     fit: Fit
     window: Window
     prompt_tokens: int
@@ -76,14 +76,13 @@ class HistoryFitter:
         policy = request.truncation or self.policy_of(request.model).truncation
         window = self._window(conversation, request)
         if request.dry_run is not None:
-            request.dry_run.report, rendered = await self._fit(conversation, window, replace(policy, enabled=True))
+            request.dry_run.report, rendered = await self._fit(conversation, window, policy.retention_ratio)
             return rendered
         if not policy.enabled or conversation.counts_only:
             return await conversation.render(conversation.messages)
-        if self._surely_fits(conversation, window):
-            with suppress(ContextLengthExceeded):  # a template may print its tools more than once
-                return await conversation.render(conversation.messages)
-        report, rendered = await self._fit(conversation, window, policy)
+        if self._surely_fits(conversation, window) and (whole := await _whole(conversation, window)):
+            return whole
+        report, rendered = await self._fit(conversation, window, policy.retention_ratio)
         if report.fit.truncated:
             request.edited(Edits(len(report.fit.dropped), report.fit.dropped_tokens))
             self._metrics.truncated(len(report.fit.dropped), report.fit.dropped_tokens)
@@ -109,36 +108,45 @@ class HistoryFitter:
         return Window(conversation.max_model_len, self._reserve(conversation.max_model_len, request))
 
     def _surely_fits(self, conversation: Conversation, window: Window) -> bool:
-        """By byte length alone; histories with tool results are laid out all the same, to find orphans among them."""
-        messages = conversation.messages
-        if any(message.get("role") == "tool" for message in messages):
-            lay_out([view(message) for message in messages])
-        length = conversation.most_bytes()
-        overheads = conversation.overheads
-        return length is not None and fits_by_bytes(length + overheads.prompt, len(messages), overheads.largest, window)
+        """By byte length alone."""
+        messages, overheads = conversation.messages, conversation.overheads
+        length = conversation.bytes_within(window.max_model_len)
+        if length is None:
+            return False
+        if _holds_results(messages):
+            _laid_out(messages)
+        return fits_by_bytes(length + overheads.prompt, len(messages), overheads.largest, window)
 
-    async def _fit(
-        self, conversation: Conversation, window: Window, policy: TruncationPolicy
-    ) -> tuple[FitReport, Rendered]:
+    async def _fit(self, conversation: Conversation, window: Window, ratio: float) -> tuple[FitReport, Rendered]:
         started_s = time.perf_counter()
         costs = await conversation.costs()
         window = replace(window, fixed_tokens=costs.fixed)
-        layout, fit = await _planned(conversation.messages, costs.messages, window, policy.retention_ratio)
-        cached = len(costs.messages) - costs.newly_counted
-        self._metrics.fitted(time.perf_counter() - started_s, cached, costs.newly_counted)
+        messages = conversation.messages
+        fit, tokens = await _planned(messages, costs, window, ratio)
+        duration_s = time.perf_counter() - started_s
+        self._metrics.fitted(duration_s, costs.counted - costs.newly_counted, costs.newly_counted)
         while True:
             try:
-                rendered = await conversation.render([conversation.messages[i] for i in fit.kept])
+                rendered = await conversation.render([messages[i] for i in fit.kept])
                 prompt_tokens = conversation.prompt_tokens(rendered)
             except ContextLengthExceeded:
                 prompt_tokens = max(fit.kept_tokens, window.max_model_len)
             else:
                 if prompt_tokens <= window.max_prompt_tokens:
-                    return FitReport(layout, costs, fit, window, prompt_tokens), rendered
-            fit = _smaller(fit, layout, costs.messages, window, prompt_tokens)
+                    return FitReport(messages, tokens, fit, window, prompt_tokens), rendered
+            fit = _smaller(fit, _laid_out(messages), tokens, window, prompt_tokens)
 
 
-def _smaller(fit: Fit, layout: Layout, tokens: list[int], window: Window, rendered_tokens: int) -> Fit:
+async def _whole(conversation: Conversation, window: Window) -> Rendered | None:
+    """The history as it is, or None where it is too long after all: a template may print its tools more than once."""
+    with suppress(ContextLengthExceeded):
+        rendered = await conversation.render(conversation.messages)
+        if conversation.prompt_tokens(rendered) <= window.max_prompt_tokens:
+            return rendered
+    return None
+
+
+def _smaller(fit: Fit, layout: Layout, tokens: Sequence[int], window: Window, rendered_tokens: int) -> Fit:
     """The next fit to render when the estimate was too low: a good part less, so that renders stay few."""
     enough = fit.dropped_tokens + _LEAST_SHARE_DROPPED * (fit.kept_tokens - window.fixed_tokens)
     smaller = drop_one_more(fit, layout, tokens, window, rendered_tokens)
@@ -151,28 +159,43 @@ def _smaller(fit: Fit, layout: Layout, tokens: list[int], window: Window, render
 
 
 async def _planned(
-    messages: list[dict[str, Any]], tokens: list[int], window: Window, retention_ratio: float
-) -> tuple[Layout, Fit]:
-    def plan() -> tuple[Layout, Fit]:
-        layout = lay_out([view(message) for message in messages])
-        return layout, plan_fit(layout, tokens, window, retention_ratio)
+    messages: list[dict[str, Any]], costs: Costs, window: Window, retention_ratio: float
+) -> tuple[Fit, Sequence[int]]:
+    """The fit, and what each message costs. Raises `OrphanToolResult`."""
 
+    def plan() -> tuple[Fit, Sequence[int]]:
+        layout = _laid_out(messages)
+        fit = plan_fit(layout, costs.messages, window, retention_ratio, costs.settled)
+        return fit, printed_tokens(layout, costs.messages, costs.settled)
+
+    never_cost_more = costs.settled is costs.messages
+    if never_cost_more and fits_whole(sum(costs.messages), window) and not _holds_results(messages):
+        return Fit.whole(costs.messages, window), costs.messages
     return plan() if len(messages) < _PLANNED_ON_LOOP_MESSAGES else await asyncio.to_thread(plan)
+
+
+def _laid_out(messages: list[dict[str, Any]]) -> Layout:
+    return lay_out([view(message) for message in messages])
+
+
+def _holds_results(messages: list[dict[str, Any]]) -> bool:
+    """Whether the history has to be laid out in any case, to find results without their call."""
+    return any(message.get("role") == "tool" for message in messages)
 
 
 def described(report: FitReport) -> dict[str, Any]:
     """A report as `/v1/context/fit` answers it. Turn -1 is the leading system messages."""
-    fit, layout, window = report.fit, report.layout, report.window
+    fit, window = report.fit, report.window
     kept = set(fit.kept)
     turns: dict[int, list[int]] = {}
-    for i, turn in enumerate(layout.turn_of):
+    for i, turn in enumerate(_laid_out(report.messages).turn_of):
         turns.setdefault(turn, []).append(i)
     return {
         "object": "context.fit",
         "max_model_len": window.max_model_len,
         "reserve_tokens": window.reserve_tokens,
         "prompt_tokens": report.prompt_tokens,
-        "fixed_tokens": report.costs.fixed,
+        "fixed_tokens": window.fixed_tokens,
         "truncated": fit.truncated,
         "kept_messages": list(fit.kept),
         "dropped_messages": list(fit.dropped),
@@ -181,7 +204,7 @@ def described(report: FitReport) -> dict[str, Any]:
             {
                 "turn": turn,
                 "messages": members,
-                "tokens": sum(report.costs.messages[i] for i in members),
+                "tokens": sum(report.tokens[i] for i in members),
                 "kept": all(i in kept for i in members),
             }
             for turn, members in sorted(turns.items())

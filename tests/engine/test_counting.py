@@ -41,6 +41,21 @@ def test_the_cache_forgets_the_oldest_beyond_its_bound(tokenizer: Any) -> None:
     assert _count(counter, "a")[1] == 1
 
 
+def test_what_is_asked_for_again_is_kept_and_the_rest_forgotten(tokenizer: Any) -> None:
+    counter = MessageCounter(tokenizer, 4)
+    for text in ("a", "b", "c", "a", "d"):
+        _count(counter, text)
+    assert _count(counter, "a")[1] == 0
+    assert _count(counter, "b")[1] == 1
+
+
+def test_the_cache_never_holds_more_than_its_bound(tokenizer: Any) -> None:
+    counter = MessageCounter(tokenizer, 6)
+    for start in range(0, 40, 2):
+        _count(counter, *(f"{i % 11}" for i in range(start, start + 5)))
+        assert len(counter) <= 6
+
+
 def test_more_texts_at_once_than_the_cache_holds_are_all_counted(tokenizer: Any) -> None:
     assert _count(MessageCounter(tokenizer, 2), *"abcdef") == ([1] * 6, 6)
 

@@ -1,172 +1,23 @@
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, SupportsIndex, overload
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from server.policy.context import (
-    Fit,
-    LastTurnTooLong,
-    Layout,
-    MessageView,
-    Window,
-    drop_one_more,
-    fits_by_bytes,
-    lay_out,
-    plan_fit,
-    view,
+from server.policy.context import Fit, LastTurnTooLong, drop_one_more, fits_by_bytes, fits_whole, plan_fit
+from server.policy.turns import lay_out, view
+from tests.policy.random_histories import (
+    RESULT_ROLES,
+    Case,
+    at_leisure,
+    call_of,
+    cases,
+    fits,
+    last_turn_start,
+    retained_share_is_left,
+    some_fit,
 )
-
-Message = dict[str, Any]
-RESULT_ROLES = ("tool", "function")
-
-# A busy machine is no bug.
-at_leisure = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    messages: list[Message]
-    tokens: list[int]
-    window: Window
-    retention_ratio: float
-
-    @property
-    def layout(self) -> Layout:
-        return lay_out([view(message) for message in self.messages])
-
-    def fit(self) -> Fit:
-        """The plan, or the refusal it ends in when the engine agrees with the estimates."""
-        fit = plan_fit(self.layout, self.tokens, self.window, self.retention_ratio)
-        if fit.kept_tokens > self.window.max_prompt_tokens:
-            raise LastTurnTooLong(fit.kept_tokens, self.window)
-        return fit
-
-    def first(self, length: int) -> "Case":
-        return self.only(range(length))
-
-    def only(self, indices: range | tuple[int, ...]) -> "Case":
-        messages, tokens = [self.messages[i] for i in indices], [self.tokens[i] for i in indices]
-        return Case(messages, tokens, self.window, self.retention_ratio)
-
-    def budget(self) -> int:
-        """B as the design writes it, or what the engine takes where that is less."""
-        head = sum(self.tokens[: self.layout.head]) + self.window.fixed_tokens
-        room = (self.window.max_model_len - self.window.reserve_tokens - head) * self.window.factor
-        return min(int(room), self.window.max_model_len - 1 - head)
-
-    def turn_tokens(self, fit: Fit) -> int:
-        return sum(self.tokens[i] for i in fit.kept if i >= self.layout.head)
-
-
-class Conversation:
-    """Writes a history message by message, as agents and user interfaces do."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-        self._reuse_ids = rng.random() < 0.3
-        self._late: list[Message] = []
-        self.messages: list[Message] = []
-
-    def say(self, role: str, **fields: Any) -> None:
-        self.messages.append({"role": role, "content": "…", **fields})
-
-    def turn(self) -> None:
-        if self._rng.random() < 0.15:
-            self.say(self._rng.choice(["system", "developer"]))
-        for _ in range(self._rng.choice([1, 1, 1, 2, 3])):
-            self.say("user")
-        for _ in range(self._rng.choice([1, 1, 1, 2, 4, 8])):
-            self.step()
-
-    def step(self) -> None:
-        kind = self._rng.choice(["plain", "plain", "calls", "calls", "calls", "id-less", "function", "aside"])
-        if kind == "aside":
-            self.say(self._rng.choice(["system", "developer", "critic"]))
-        elif kind == "calls":
-            self._calls()
-        elif kind == "id-less":
-            self.say("assistant", tool_calls=[{"type": "function"}])
-            self.say("tool")
-        else:
-            self.say("assistant")
-        if kind == "function":
-            self.say("function")
-        if self._late and self._rng.random() < 0.3:
-            self.messages.append(self._late.pop())
-
-    def _calls(self) -> None:
-        count = self._rng.choice([1, 1, 2, 3])
-        ids = [f"call_{i}" if self._reuse_ids else f"call_{len(self.messages)}_{i}" for i in range(count)]
-        self.say("assistant", tool_calls=[{"id": call_id, "type": "function"} for call_id in ids])
-        self._rng.shuffle(ids)
-        for call_id in ids:
-            message = {"role": "tool", "tool_call_id": call_id, "content": "…"}
-            late = self._rng.random() < 0.1
-            (self._late if late else self.messages).append(message)
-
-
-def converse(rng: random.Random, turns: int) -> list[Message]:
-    conversation = Conversation(rng)
-    for _ in range(rng.choice([0, 1, 1, 2])):
-        conversation.say(rng.choice(["system", "developer"]))
-    for _ in range(rng.choice([0, 0, 0, 1, 3])):
-        conversation.step()
-    for _ in range(turns):
-        conversation.turn()
-    for _ in range(rng.choice([0, 1, 1])):
-        conversation.say("user")
-    if rng.random() < 0.1:
-        conversation.say("assistant")  # the beginning of a reply, for the model to go on with
-    return conversation.messages
-
-
-@st.composite
-def cases(draw: st.DrawFn, largest_message: int = 60) -> Case:
-    """A history out of one seed: hypothesis shrinks its turns and its window, and tries many more in the same time."""
-    rng = random.Random(draw(st.integers(0, 2**48)))
-    messages = converse(rng, turns=draw(st.integers(0, 8)))
-    tokens = [rng.choice([0, rng.randint(1, largest_message), rng.randint(1, largest_message)]) for _ in messages]
-    max_model_len = draw(st.integers(50, 600))
-    window = Window(
-        max_model_len,
-        reserve_tokens=draw(st.integers(1, max_model_len // 4)),
-        fixed_tokens=draw(st.sampled_from([0, 0, 25])),
-        factor=draw(st.sampled_from([1.0, 1.0, 0.5])),
-    )
-    return Case(messages, tokens, window, retention_ratio=draw(st.sampled_from([0.8, 0.8, 0.5, 1.0])))
-
-
-def fits(case: Case) -> Fit | None:
-    try:
-        return case.fit()
-    except LastTurnTooLong:
-        return None
-
-
-def some_fit(case: Case) -> Fit:
-    fit = fits(case)
-    assume(fit is not None)
-    assert fit is not None
-    return fit
-
-
-def last_turn_start(messages: list[Message]) -> int:
-    """Where the last user message's turn begins: with the instructions directly before it."""
-    start = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=0)
-    while start and messages[start - 1]["role"] in ("system", "developer"):
-        start -= 1
-    return start
-
-
-def call_of(messages: list[Message], result: int) -> int:
-    """The index of the assistant message that made the call of a tool message with an id."""
-    call_id = messages[result]["tool_call_id"]
-    return max(i for i in range(result) if call_id in [call.get("id") for call in messages[i].get("tool_calls", [])])
 
 
 @at_leisure
@@ -175,8 +26,8 @@ def test_what_is_kept_and_dropped_is_the_whole_history_in_order(case: Case) -> N
     fit = some_fit(case)
     assert sorted(fit.kept + fit.dropped) == list(range(len(case.messages)))
     assert list(fit.kept) == sorted(fit.kept)
-    assert fit.kept_tokens == case.window.fixed_tokens + sum(case.tokens[i] for i in fit.kept)
-    assert fit.dropped_tokens == sum(case.tokens[i] for i in fit.dropped)
+    assert fit.kept_tokens == case.window.fixed_tokens + sum(case.printed[i] for i in fit.kept)
+    assert fit.dropped_tokens == sum(case.printed[i] for i in fit.dropped)
 
 
 @at_leisure
@@ -241,8 +92,8 @@ def test_the_head_and_the_last_user_message_and_a_prefilled_reply_are_kept(case:
 @given(cases())
 def test_appending_messages_never_brings_a_dropped_one_back(case: Case) -> None:
     before = (0, 0, frozenset[int]())
-    for length in range(1, len(case.messages) + 1):
-        fit = fits(case.first(length))
+    for so_far in case.requests():
+        fit = fits(so_far)
         if fit is None:
             continue
         after = (fit.cut_turn, fit.cut_unit, frozenset(fit.dropped))
@@ -256,24 +107,21 @@ def test_appending_messages_never_brings_a_dropped_one_back(case: Case) -> None:
 @given(cases())
 def test_a_prompt_extends_the_one_before_or_a_cut_left_at_most_the_retained_share(case: Case) -> None:
     before: Fit | None = None
-    for length in range(1, len(case.messages) + 1):
-        so_far = case.first(length)
+    length = 0
+    for so_far in case.requests():
         fit = fits(so_far)
         if fit is not None and before is not None and fit.kept[: len(before.kept)] != before.kept:
-            assert retained_share_is_left(so_far, fit, before)
-        before = fit
+            since = (case.first(end) for end in range(length + 1, len(so_far.messages) + 1))
+            assert any(cut_left_room(moment, fit, before) for moment in since)
+        before, length = fit, len(so_far.messages)
 
 
-def retained_share_is_left(case: Case, fit: Fit, before: Fit) -> bool:
-    """Or the cut went as far as it may: to the last turn, and inside that to its newest unit."""
-    if case.turn_tokens(fit) <= int(case.budget() * case.retention_ratio):
-        return True
-    layout = case.layout
-    newly_dropped = set(fit.dropped) - set(before.dropped)
-    cut_inside_the_last_turn = any(layout.turn_of[i] == layout.last_turn for i in newly_dropped)
-    units_left = {layout.unit_of[i] for i in fit.kept} - {-1}
-    prefilled = case.messages[-1]["role"] == "assistant"
-    return fit.cut_turn == layout.last_turn and (not cut_inside_the_last_turn or len(units_left) <= 1 + prefilled)
+def cut_left_room(moment: Case, final: Fit, before: Fit) -> bool:
+    """Whether the final cut was made at this moment, and left at most the retained share."""
+    fit = fits(moment)
+    if fit is None or (fit.cut_turn, fit.cut_unit) != (final.cut_turn, final.cut_unit):
+        return False
+    return retained_share_is_left(moment, fit, before)
 
 
 @at_leisure
@@ -289,9 +137,15 @@ def test_the_cut_stays_where_it_is_while_the_conversation_fits_behind_it(case: C
             i for i in range(earlier, later) if case.layout.turn_of[i] >= gone[0] and case.layout.unit_of[i] >= gone[1]
         ]
         new += [i for i in range(earlier, later) if case.layout.unit_of[i] == -1]
-        if case.turn_tokens(before) + sum(case.tokens[i] for i in new) <= case.budget():
+        moments = [case.first(end) for end in range(earlier + 1, later + 1)]
+        kept = {*before.kept, *new}
+        if all(live_tokens_of(moment, kept) <= case.budget() for moment in moments):
             assert after is not None
             assert after.kept == (*before.kept, *sorted(new))
+
+
+def live_tokens_of(case: Case, kept: set[int]) -> int:
+    return sum(count for i, count in enumerate(case.printed) if i in kept and i >= case.layout.head)
 
 
 @at_leisure
@@ -315,9 +169,12 @@ def published_cut(case: Case) -> tuple[int, int]:
     layout, tokens, budget = case.layout, case.tokens, case.budget()
     limit = case.window.max_model_len - 1 - case.window.fixed_tokens - sum(tokens[: layout.head])
     target = int(budget * case.retention_ratio)
-    asked = [i for i, message in enumerate(case.messages) if message["role"] == "assistant"]
     cut = unit = 0
-    for length in [*asked, len(case.messages)]:
+    for length in [*range(len(tokens)), len(tokens)]:
+        if length < len(tokens) and case.messages[length]["role"] != "assistant":
+            opens = layout.head < length and layout.turn_of[length] > max(layout.turn_of[:length])
+            if not opens or case.messages[length - 1]["role"] == "assistant" or not unsettled(case, length, cut, unit):
+                continue
         if length <= layout.head or live_tokens(case, length, cut, unit) <= budget:
             continue
         last = max(layout.turn_of[:length])
@@ -337,10 +194,22 @@ def published_cut(case: Case) -> tuple[int, int]:
     return cut, unit
 
 
+def unsettled(case: Case, length: int, cut: int, unit: int) -> int:
+    """What the last turn of the first `length` messages still counts for thinking."""
+    spared = [now - later for now, later in zip(case.tokens, case.settled or case.tokens, strict=True)]
+    last = max(case.layout.turn_of[:length])
+    kept = [i for i in range(length) if case.layout.turn_of[i] == last and not 0 <= case.layout.unit_of[i] < unit]
+    return sum(spared[i] for i in kept) if last >= cut else 0
+
+
 def live_tokens(case: Case, length: int, cut: int, unit: int) -> int:
     turn_of, unit_of = case.layout.turn_of, case.layout.unit_of
-    in_turns = range(case.layout.head, length)
-    return sum(case.tokens[i] for i in in_turns if turn_of[i] >= cut and not 0 <= unit_of[i] < unit)
+    last, settled = max(turn_of[:length]), case.settled or case.tokens
+    return sum(
+        case.tokens[i] if turn_of[i] == last else settled[i]
+        for i in range(case.layout.head, length)
+        if turn_of[i] >= cut and not 0 <= unit_of[i] < unit
+    )
 
 
 @at_leisure
@@ -349,7 +218,7 @@ def test_one_more_drops_something_each_time_until_only_the_pinned_is_left(case: 
     fit = some_fit(case)
     for _ in range(len(case.messages)):
         try:
-            smaller = drop_one_more(fit, case.layout, case.tokens, case.window, rendered_tokens=1)
+            smaller = drop_one_more(fit, case.layout, case.printed, case.window, rendered_tokens=1)
         except LastTurnTooLong:
             break
         assert set(fit.dropped) < set(smaller.dropped)
@@ -357,6 +226,16 @@ def test_one_more_drops_something_each_time_until_only_the_pinned_is_left(case: 
         fit = smaller
     assert all(case.layout.turn_of[i] in (-1, case.layout.last_turn) for i in fit.kept)
     assert len({case.layout.unit_of[i] for i in fit.kept} - {-1}) <= 1
+
+
+@at_leisure
+@given(cases(largest_message=20))
+def test_a_history_that_is_known_to_fit_is_left_alone(case: Case) -> None:
+    case = replace(case, settled=None)
+    if fits_whole(sum(case.tokens), case.window):
+        assert plan_fit(case.layout, case.tokens, case.window, case.retention_ratio) == Fit.whole(
+            case.tokens, case.window
+        )
 
 
 @at_leisure
@@ -368,98 +247,3 @@ def test_a_history_whose_bytes_fit_is_never_cut(case: Case, overhead: int, spare
     assert fits_by_bytes(total_bytes, count, overhead, window)
     most_tokens = [size + overhead for size in case.tokens]
     assert not plan_fit(case.layout, most_tokens, window, case.retention_ratio).truncated
-
-
-# Cost
-
-
-class CountedTokens(int):
-    """A token count that knows how often any such counts were added up, subtracted or compared."""
-
-    operations = 0
-
-    def _counted(self, value: int) -> "CountedTokens":
-        CountedTokens.operations += 1
-        return CountedTokens(value)
-
-    def __add__(self, other: int) -> "CountedTokens":
-        return self._counted(int(self) + int(other))
-
-    def __radd__(self, other: int) -> "CountedTokens":
-        return self._counted(int(other) + int(self))
-
-    def __sub__(self, other: int) -> "CountedTokens":
-        return self._counted(int(self) - int(other))
-
-    def __gt__(self, other: int) -> bool:
-        CountedTokens.operations += 1
-        return int(self) > int(other)
-
-    def __le__(self, other: int) -> bool:
-        CountedTokens.operations += 1
-        return int(self) <= int(other)
-
-
-class CountedViews(list[MessageView]):
-    """Messages that count how many of them were read, slices included."""
-
-    reads = 0
-
-    @overload
-    def __getitem__(self, index: SupportsIndex) -> MessageView: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[MessageView]: ...
-    def __getitem__(self, index: SupportsIndex | slice) -> MessageView | list[MessageView]:
-        found = super().__getitem__(index)
-        self.reads += len(found) if isinstance(found, list) else 1
-        return found
-
-    def __iter__(self) -> Iterator[MessageView]:
-        for message in super().__iter__():
-            self.reads += 1
-            yield message
-
-
-def short_turns(count: int) -> list[Message]:
-    return [{"role": "user"}, {"role": "assistant"}] * (count // 2)
-
-
-def one_agents_turn(count: int) -> list[Message]:
-    steps = [
-        message
-        for i in range(count // 2)
-        for message in (
-            {"role": "assistant", "tool_calls": [{"id": f"call_{i}"}]},
-            {"role": "tool", "tool_call_id": f"call_{i}"},
-        )
-    ]
-    return [{"role": "user"}, *steps]
-
-
-def results_at_the_very_end(count: int) -> list[Message]:
-    calls = [{"role": "assistant", "tool_calls": [{"id": f"call_{i}"}]} for i in range(count // 3)]
-    asked = [message for call in calls for message in ({"role": "user"}, call)]
-    return [*asked, *({"role": "tool", "tool_call_id": f"call_{i}"} for i in range(count // 3))]
-
-
-@pytest.mark.parametrize("write", [short_turns, one_agents_turn, results_at_the_very_end])
-@pytest.mark.parametrize("max_model_len", [500, 8000])
-def test_ten_thousand_tiny_messages_are_planned_in_a_few_operations_each(write: Any, max_model_len: int) -> None:
-    messages = write(10_000)
-    views = CountedViews(view(message) for message in messages)
-    layout = lay_out(views)
-    assert views.reads <= 6 * len(messages)
-    CountedTokens.operations = 0
-    fit = plan_fit(layout, [CountedTokens(1)] * len(messages), Window(max_model_len, reserve_tokens=100), 0.8)
-    assert fit.truncated
-    assert CountedTokens.operations <= 12 * len(messages)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_long_history_is_fitted_like_any_other(seed: int) -> None:
-    rng = random.Random(seed)
-    messages = converse(rng, turns=300)
-    case = Case(messages, [rng.randrange(1, 9) for _ in messages], Window(800, 100), 0.8)
-    fit = case.fit()
-    assert fit.kept_tokens <= 700
-    assert not case.only(fit.kept).fit().truncated
