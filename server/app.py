@@ -1,5 +1,6 @@
 """The composition: builds every room's parts from the settings and puts them together."""
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -20,15 +21,21 @@ from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
+from server.policy.ladder import LadderRules, Level
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
+from server.serving.degradation import Degradation, DegradationRules
 from server.serving.engine_slot import EngineSlot
+from server.serving.fallback import Fallback, Upstream
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
+from server.serving.ladder import LadderSources, LadderWatch, LocalPins
+from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
-from server.serving.service import BodyRules, Service
+from server.serving.service import BodyRules, Resilience, Service
 from server.settings import Settings
 from server.telemetry import metrics
 from server.telemetry.metrics import Metrics
+from server.telemetry.resilience import ResilienceMetrics
 
 _MIB: Final = 1 << 20
 _ANTHROPIC_PREFIX: Final = "/v1/messages"
@@ -46,6 +53,9 @@ class Application:
     slot: EngineSlot
     requests: OpenRequests
     generation: Generation
+    ladder: LadderWatch
+    fallback: Fallback
+    resilience: ResilienceMetrics
 
 
 def build_application(
@@ -60,7 +70,14 @@ def build_application(
             chat=settings.default_max_tokens, background_task=settings.background_task_max_tokens
         ),
     )
-    service = Service(slot, requests, rules, fitter)
+    witness = ResilienceMetrics(registry)
+    fallback = Fallback(_upstreams(settings), witness, random.random)
+    ladder = LadderWatch(_ladder_rules(settings), LadderSources(_no_pressure, slot, bool(fallback)), LocalPins(), witness)
+    degradation = Degradation(
+        ladder, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness
+    )
+    resilience = Resilience(Recovery(witness), degradation, fallback, settings.restart_wait_s)
+    service = Service(slot, requests, rules, fitter, resilience)
     docs = settings.docs
     api = DocumentedApi(
         title="Tidegate",
@@ -85,7 +102,36 @@ def build_application(
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation(fitter))
+    return Application(asgi, slot, requests, Generation(fitter), ladder, fallback, witness)
+
+
+def _no_pressure() -> float:
+    """Until something predicts how long a request waits."""
+    return 0.0
+
+
+def _ladder_rules(settings: Settings) -> LadderRules:
+    highest = settings.highest_automatic_level
+    if highest is None:
+        highest = Level.FALLBACK if settings.fallbacks else Level.ESSENTIAL
+    return LadderRules(highest=Level(highest))
+
+
+def _upstreams(settings: Settings) -> list[Upstream]:
+    return [
+        Upstream(
+            name=chosen.name or chosen.host,
+            url=chosen.url,
+            api_key=chosen.api_key(),
+            models=chosen.models,
+            connect_timeout_s=chosen.connect_timeout_s,
+            first_byte_timeout_s=chosen.first_byte_timeout_s,
+            idle_timeout_s=chosen.idle_timeout_s,
+            whole_answer_timeout_s=chosen.whole_answer_timeout_s,
+            canary_share=chosen.canary_share,
+        )
+        for chosen in settings.fallbacks
+    ]
 
 
 def _context_policy(settings: Settings) -> ContextPolicy:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import os
 import resource
 import shutil
@@ -10,7 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +19,11 @@ import uvicorn
 import uvloop
 
 from server.app import Application, build_application
-from server.policy.refusals import Draining
+from server.engine.start_failures import StartFailure
+from server.engine.supervisor import Supervisor
+from server.policy.refusals import Draining, NotReady
+from server.policy.restarts import RestartRules
+from server.serving.engine_slot import EngineSlot
 from server.settings import Settings
 from server.telemetry import logs
 
@@ -35,9 +38,9 @@ _QUIET_RESOURCE_TRACKER: Final = "ignore::UserWarning:multiprocessing.resource_t
 _BACKLOG: Final = 2048
 _OPEN_FILES: Final = 65535
 _REPORT_INTERVAL_S: Final = 10.0
-_ALIVE_CHECK_INTERVAL_S: Final = 1.0
 _CHILD_EXIT_TIMEOUT_S: Final = 5.0
 _HTTP_STOP_TIMEOUT_S: Final = 5
+_SOCKETS_FOLDER: Final = "VLLM_RPC_BASE_PATH"  # where vLLM puts its engine's sockets
 
 
 def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, str]) -> int:
@@ -57,6 +60,7 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
         contextlib.closing(listener),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
+        os.environ.setdefault(_SOCKETS_FOLDER, scratch)
         process = Process(settings, vllm_args, versions, Path(scratch), json_lines=json_lines)
         code = runner.run(process.run(listener))
         if process.loading_abandoned:  # its thread cannot be interrupted, and leaving the block would wait for it
@@ -111,27 +115,42 @@ class Process:
         if stack is None:
             _end_children()
             return 0 if self._stop.is_set() else 1
-        self._app.slot.fill(stack)
-        gc.collect()
-        gc.freeze()  # what loading left is there to stay; the collector need not walk it again
         log.info("ready", models=list(stack.model_names), max_model_len=stack.max_model_len)
-        reporting = asyncio.create_task(_report(stack))
-        died = asyncio.create_task(_death_of(stack))
-        await _first(self._stop.wait(), died)
-        reporting.cancel()
-        if died.done():
-            log.error("The engine ended unexpectedly. The log lines above say why.")
-            self._app.slot.empty("engine ended")
-        else:
-            died.cancel()
-            await self._drain()
-        await asyncio.to_thread(stack.shutdown)
+        supervisor = self._supervisor()
+        async with _running(_report(self._app.slot), self._app.ladder.run()):
+            supervising = asyncio.create_task(supervisor.run(stack))
+            del stack  # the supervisor's from now on
+            await _first(self._stop.wait(), supervising)
+            gave_up = supervising.done()
+            if gave_up:
+                await self._end_without_engine(supervising)
+            else:
+                await self._drain()
+            self.loading_abandoned = supervisor.building
+            supervising.cancel()
+            await asyncio.wait({supervising})
+        last = self._app.slot.empty("stopping")
+        if last is not None:
+            await last.close()
+        await self._app.fallback.close()
         _end_children()
-        return 1 if died.done() and not died.cancelled() else 0
+        return 1 if gave_up else 0
+
+    def _supervisor(self) -> Supervisor:
+        s, app = self._settings, self._app
+        rules = RestartRules(s.engine_hang_timeout_s, max_failures=s.engine_max_failed_restarts)
+        return Supervisor(self._build, app.slot, app.requests, app.resilience, rules)
+
+    async def _end_without_engine(self, supervising: asyncio.Task[None]) -> None:
+        """Too many restarts have failed: whoever waits is told, and the process ends so that a service manager acts."""
+        supervising.result()
+        log.error("The engine could not be replaced. The log lines above say why.")
+        await self._app.requests.drain(0)
+        await self._app.requests.end_all(NotReady("The model could not be started again. Please try again later."))
 
     async def _load(self) -> "Stack | None":
-        """The stack, or None if loading failed (said in the log) or was stopped."""
-        loading = asyncio.create_task(self._build())
+        """The first stack, or None if loading failed (said in the log) or was stopped."""
+        loading = asyncio.create_task(self._import_and_build())
         await _first(self._stop.wait(), loading)
         if not loading.done():
             self.loading_abandoned = True
@@ -139,20 +158,24 @@ class Process:
             return None
         return loading.result()
 
-    async def _build(self) -> "Stack | None":
+    async def _import_and_build(self) -> "Stack | None":
         self._app.slot.enter("importing the engine")
         await asyncio.to_thread(_import_engine)
-        from server.engine.stack import StackRequest, build_stack
-        from server.engine.start_failures import StartFailure
-
-        config, errors = self._scratch / "logging.json", self._scratch / "engine-errors.log"
-        logs.write_child_config(config, errors, json_lines=self._json_lines, level=self._settings.log_level)
-        request = StackRequest(self._flags, config, errors, self._settings.context_count_cache_entries)
         try:
-            return await build_stack(request, self._app.generation, self._app.slot.enter)
+            return await self._build()
         except StartFailure as failure:
             _say_why(str(failure))
             return None
+
+    async def _build(self) -> "Stack":
+        """A new stack. Raises `StartFailure`."""
+        from server.engine.stack import StackRequest, build_stack
+
+        config, errors = self._scratch / "logging.json", self._scratch / "engine-errors.log"
+        errors.unlink(missing_ok=True)  # the words of an engine that is gone explain nothing about the next
+        logs.write_child_config(config, errors, json_lines=self._json_lines, level=self._settings.log_level)
+        request = StackRequest(self._flags, config, errors, self._settings.context_count_cache_entries)
+        return await build_stack(request, self._app.generation, self._app.slot.enter)
 
     async def _drain(self) -> None:
         """Finish what runs; what is still running at the deadline, or at a second signal, ends with an error."""
@@ -245,17 +268,31 @@ def _import_engine() -> None:
     import server.engine.stack  # noqa: F401  # seconds of imports, done where they do not block the port
 
 
-async def _report(stack: "Stack") -> None:
+async def _report(slot: EngineSlot) -> None:
+    """Let vLLM log its throughput and cache figures now and then."""
     while True:
         await asyncio.sleep(_REPORT_INTERVAL_S)
-        await stack.report()
+        if slot.ready:
+            await slot.stack.report()
 
 
-async def _death_of(stack: "Stack") -> None:
-    while True:
-        await asyncio.sleep(_ALIVE_CHECK_INTERVAL_S)
-        if not stack.alive:
-            return
+@contextlib.asynccontextmanager
+async def _running(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run these beside the block, and cancel them with it."""
+    tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(_say_if_failed)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def _say_if_failed(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a task beside the requests has failed", exc_info=error)
 
 
 async def _first(*waits: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:

@@ -46,6 +46,7 @@ class Generation:
         _note_clamp(demand, request)
         running = Running(outputs())
         request.running.add(running)
+        request.exposed = request.exposed or not request.lost_its_engine
         try:
             async for output in running.generator:
                 request.producing = True

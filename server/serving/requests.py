@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from server.policy.context import TruncationPolicy
+from server.policy.degradation import Wish
 from server.policy.edits import NO_EDITS, Edits
 from server.policy.refusals import Draining, Refusal
 from server.policy.tenants import ANYONE, Tenant
 
 if TYPE_CHECKING:
+    from server.engine.stack import Stack
     from server.serving.fitting import FitReport
 
 log = structlog.get_logger(__name__)
@@ -79,6 +81,9 @@ class OpenRequest:
     `detached`: it goes on generating after its answer (background responses), so nothing is closed with it.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
     `tenant` owns it; `end_user` is whom a trusted tenant sent it for.
+    `stack` is what it runs on, `exposed` whether it has reached that stack's engine, `woken` that it was told of
+    the engine's death by a cancellation, and `deaths` how many engines have died with it inside. `wish` is what the client thinks of a degraded answer, and `context_factor` the share of the
+    context budget that its history may fill.
     """
 
     request_id: str
@@ -98,6 +103,40 @@ class OpenRequest:
     running: set[Running] = field(default_factory=set)
     detached: bool = False
     letting_go: bool = False
+    stack: Stack | None = None
+    exposed: bool = False
+    woken: bool = False
+    deaths: int = 0
+    wish: Wish = "auto"
+    context_factor: float = 1.0
+
+    @property
+    def lost_its_engine(self) -> bool:
+        """Whether the engine it runs on has died."""
+        return self.stack is not None and not self.stack.alive
+
+    def was_woken(self) -> bool:
+        """Whether a cancellation only tells that the engine is gone. It is taken back then."""
+        task = asyncio.current_task()
+        if not self.woken or task is None or task.uncancel() > 0:
+            return False
+        self.woken = False
+        return True
+
+    async def start_over(self) -> None:
+        """Forget an attempt that failed: what it holds, what it counted, and what it was going to say."""
+        for running in tuple(self.running):
+            await running.release()
+        self.running.clear()
+        self.stack, self.exposed, self.producing = None, False, False
+        self.prompt_tokens, self.edits, self.refusal = 0, NO_EDITS, None
+        self.headers.clear()
+
+    def degraded(self, *applied: str) -> None:
+        """Note what the level took from the request, for the answer's head."""
+        said = self.headers.get("x-degradation-applied")
+        told = [*(said.split(",") if said else ()), *applied]
+        self.headers["x-degradation-applied"] = ",".join(dict.fromkeys(told))
 
     def edited(self, edits: Edits) -> None:
         """Note what was changed in the request, for the answer's head and body. A batch call adds up."""
@@ -168,6 +207,13 @@ class OpenRequests:
         except TimeoutError:
             return len(self._open)
         return 0
+
+    def wake_those_on(self, stack: Stack) -> None:
+        """Tell every request that still waits for something on a dead stack: some of vLLM's calls would wait forever."""
+        for task, request in self._open.items():
+            if request.stack is stack and not request.letting_go:
+                request.woken = True
+                task.cancel()
 
     async def end_all(self, refusal: Refusal) -> None:
         """End every open request with `refusal`, and wait until all of them have let go."""

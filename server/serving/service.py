@@ -21,9 +21,12 @@ from server.policy.bodies import (
     without_tools,
 )
 from server.policy.context import parse_truncation
-from server.policy.refusals import Unsupported
+from server.policy.refusals import Overloaded, Unsupported
+from server.serving.degradation import Degradation
 from server.serving.engine_slot import EngineSlot
+from server.serving.fallback import Fallback
 from server.serving.fitting import HistoryFitter, described
+from server.serving.recovery import Recovery
 from server.serving.requests import DryRun, OpenRequest, OpenRequests
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_FALLBACK_RETRY_AFTER_S: Final = 10.0
 CONTEXT_FIT_ROUTE: Final = "/v1/context/fit"
 CHAT_ROUTE: Final = "/v1/chat/completions"
 RESPONSES_ROUTE: Final = "/v1/responses"
@@ -58,14 +62,35 @@ class BodyRules:
     max_tokens: MaxTokensDefaults
 
 
+@dataclass(frozen=True, slots=True)
+class Resilience:
+    """What keeps answers coming when the engine cannot. `restart_wait_s`: how long a request waits for a new one."""
+
+    recovery: Recovery
+    degradation: Degradation
+    fallback: Fallback
+    restart_wait_s: float
+
+
 class Service:
     """Answers calls on whichever stack serves now."""
 
-    def __init__(self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules, fitter: HistoryFitter) -> None:
+    def __init__(
+        self,
+        slot: EngineSlot,
+        requests: OpenRequests,
+        rules: BodyRules,
+        fitter: HistoryFitter,
+        resilience: Resilience,
+    ) -> None:
         self.slot = slot
         self.requests = requests
+        self.recovery = resilience.recovery
         self._rules = rules
         self._fitter = fitter
+        self._degradation = resilience.degradation
+        self._fallback = resilience.fallback
+        self._restart_wait_s = resilience.restart_wait_s
         closed = () if "headers" in rules.opened_fields else CLOSED_HEADERS
         self._closed_headers = frozenset(name.encode() for name in closed)
 
@@ -91,16 +116,43 @@ class Service:
         return self.slot.stack.body_schemas() if self.slot.ready else {}
 
     async def answer(self, call: Call, request: OpenRequest) -> Reply | StreamReply:
-        """Apply the body rules and run the operation. Raises `Refusal`."""
+        """Apply the level, the body rules and run the operation. Raises `Refusal`."""
         if call.route == CONTEXT_FIT_ROUTE:
             return await self._context_fit(call, request)
-        stack = self.slot.stack
+        if (canned := self._degradation.canned(call, request)) is not None:
+            return canned
+        call = self._degradation.apply(call, request)
+        if self._fallback and (reply := await self._elsewhere(call, request)) is not None:
+            return reply
+        await self.slot.wait(self._restart_wait_s)
+        request.stack = stack = self.slot.stack
         operation = stack.operation(call.method, call.route)
         if operation is None:
             message = f"The model `{stack.model_names[0]}` does not support {call.method} {call.route}."
             raise Unsupported(message)
         body = None if call.body is None else self._ruled(call, call.body, stack, request)
         return await operation(replace(call, body=body, headers=self._headers(call, request)))
+
+    async def engine_for(self, call: Call, request: OpenRequest) -> None:
+        """Wait while a dead engine is replaced, unless the call has somewhere else to go."""
+        if not (self._fallback and self._fallback.knows(call) and self._degradation.goes_to_fallback(request)):
+            await self.slot.wait(self._restart_wait_s)
+
+    async def _elsewhere(self, call: Call, request: OpenRequest) -> Reply | StreamReply | None:
+        """A fallback upstream's answer, or None where the engine is to give it. Raises `Overloaded`."""
+        if not self._fallback.knows(call):
+            return None
+        refuse_closed_fields(call.body or {}, self._rules.opened_fields)
+        if not self._degradation.goes_to_fallback(request):
+            wanted = request.wish != "none"
+            return await self._fallback.canary(call, request) if wanted and not self.slot.down else None
+        reply = await self._fallback.answer(call, request)
+        if reply is None and not self.slot.down:
+            raise Overloaded(
+                "The server is short of capacity, and no fallback answers. Please try again later.",
+                retry_after_s=_FALLBACK_RETRY_AFTER_S,
+            )
+        return reply
 
     async def _context_fit(self, call: Call, request: OpenRequest) -> Reply:
         """What fitting a chat would keep and drop, without generating anything."""

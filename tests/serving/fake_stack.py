@@ -69,7 +69,23 @@ def new_generation() -> Generation:
 
 def new_service(slot: EngineSlot, requests: OpenRequests, rules: BodyRules | None = None) -> Service:
     rules = rules or BodyRules(frozenset(), MaxTokensDefaults())
-    return Service(slot, requests, rules, new_fitter())
+    return Service(slot, requests, rules, new_fitter(), new_resilience(slot))
+
+
+def new_resilience(
+    slot: EngineSlot,
+    *,
+    pins: Pins | None = None,
+    upstreams: Sequence[Upstream] = (),
+    canned_reply: str | None = None,
+    restart_wait_s: float = 5.0,
+) -> Resilience:
+    """Recovery, ladder and fallback without pressure, with whatever pin and upstreams a test gives."""
+    metrics = ResilienceMetrics(CollectorRegistry())
+    sources = LadderSources(lambda: 0.0, slot, bool(upstreams))
+    ladder = LadderWatch(LadderRules(), sources, pins or LocalPins(), metrics)
+    degradation = Degradation(ladder, DegradationRules(512, canned_reply), metrics)
+    return Resilience(Recovery(metrics), degradation, Fallback(upstreams, metrics, lambda: 0.5), restart_wait_s)
 
 
 @dataclass(frozen=True, slots=True)
