@@ -177,7 +177,7 @@ def _build_engine(
         engine = _start_engine(args)
     except Exception as error:
         raise _explained(error, args, request.engine_error_log) from error
-    engine.seams = seams
+    engine.open_seam(seams)
     return arguments, engine, EngineFamily.of(pids_of(engine.engine_core))
 
 
