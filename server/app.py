@@ -72,10 +72,10 @@ def build_application(
     )
     witness = ResilienceMetrics(registry)
     fallback = Fallback(_upstreams(settings), witness, random.random)
-    ladder = LadderWatch(_ladder_rules(settings), LadderSources(_no_pressure, slot, bool(fallback)), LocalPins(), witness)
-    degradation = Degradation(
-        ladder, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness
+    ladder = LadderWatch(
+        _ladder_rules(settings), LadderSources(_no_pressure, slot, bool(fallback)), LocalPins(), witness
     )
+    degradation = Degradation(ladder, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness)
     resilience = Resilience(Recovery(witness), degradation, fallback, settings.restart_wait_s)
     service = Service(slot, requests, rules, fitter, resilience)
     docs = settings.docs
@@ -91,7 +91,7 @@ def build_application(
     api.include_router(_status(service, versions, figures))
     api.include_router(operations_router(service, limits, authenticate, developer_routes=settings.developer_routes))
     api.add_exception_handler(HTTPException, _on_http_exception)
-    api.add_exception_handler(Refusal, _on_refusal)
+    api.add_exception_handler(Refusal, on_refusal)
     api.add_exception_handler(Exception, _on_error)
     asgi: ASGIApp = Exchange(api, metrics=figures, access_log=settings.access_log)
     if settings.allowed_origins:
@@ -163,7 +163,8 @@ def _dialect(request: Request) -> Dialect:
     return "anthropic" if request.url.path.startswith(_ANTHROPIC_PREFIX) else "openai"
 
 
-async def _on_refusal(request: Request, error: Exception) -> Response:
+async def on_refusal(request: Request, error: Exception) -> Response:
+    """A refusal as its HTTP answer."""
     assert isinstance(error, Refusal)
     return Response(
         errors.encoded(error, _dialect(request)),
@@ -179,11 +180,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     kind = _HTTP_REFUSALS.get(error.status_code, InvalidRequest)
     sentences = {NotFound: "There is no route", MethodNotAllowed: "This route does not take"}
     text = f"{sentences.get(kind, error.detail)} {request.method} {request.url.path}."
-    response = await _on_refusal(request, kind(text))
+    response = await on_refusal(request, kind(text))
     response.headers.update(error.headers or {})
     return response
 
 
 async def _on_error(request: Request, _: Exception) -> Response:
     """The last resort; the server logs the traceback, the client gets none of it."""
-    return await _on_refusal(request, GenerationFailed("Something went wrong on the server. Please try again."))
+    return await on_refusal(request, GenerationFailed("Something went wrong on the server. Please try again."))

@@ -180,11 +180,11 @@ class FallbackUpstream(BaseModel):
     api_key_env: str | None = None
     api_key_file: Path | None = None
     models: dict[str, str] = Field(default_factory=dict)
-    connect_timeout_s: float = Field(5, gt=0)
-    first_byte_timeout_s: float = Field(30, gt=0)
-    idle_timeout_s: float = Field(60, gt=0)
-    whole_answer_timeout_s: float = Field(300, gt=0)
-    canary_share: float = Field(0, ge=0, le=1)
+    connect_timeout_s: float = Field(default=5, gt=0)
+    first_byte_timeout_s: float = Field(default=30, gt=0)
+    idle_timeout_s: float = Field(default=60, gt=0)
+    whole_answer_timeout_s: float = Field(default=300, gt=0)
+    canary_share: float = Field(default=0, ge=0, le=1)
 
     @field_validator("url")
     @classmethod
@@ -307,7 +307,7 @@ def _check_fallbacks(settings: Settings) -> None:
             fallback.api_key()
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        raise SettingsError(f"Wrong value for --fallback-url: {problem['msg']} (given: {problem['input']!r}).") from error
+        raise SettingsError(f"Wrong --fallback-url: {problem['msg']} (given: {problem['input']!r}).") from error
 
 
 def flag_name(field: str) -> str:

@@ -1,6 +1,6 @@
 """What goes into an engine operation and what comes out, free of HTTP machinery and of vLLM."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,11 +12,11 @@ Frame = str | bytes
 class Frames(Protocol):
     """An answer's frames, as an async generator gives them."""
 
-    def __aiter__(self) -> "Frames": ...
+    def __aiter__(self) -> AsyncIterator[Frame]: ...
 
-    async def __anext__(self) -> Frame: ...
+    def __anext__(self) -> Awaitable[Frame]: ...
 
-    async def aclose(self) -> None: ...
+    def aclose(self) -> Awaitable[None]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from starlette.datastructures import State
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
-from vllm.entrypoints.openai.engine.protocol import ErrorResponse
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
@@ -91,7 +91,7 @@ class Stack:
     def pulse(self) -> Pulse:
         """What can be seen of the engine now, for the hang watch."""
         unfinished = self.engine.get_num_unfinished_requests()
-        computing_s = self.family.cpu_s() if unfinished and current_platform.is_cpu() else None
+        computing_s = self.family.cpu_s() if current_platform.is_cpu() else None  # a GPU's steps are short
         return Pulse(self.step_counter.steps, unfinished, self.step_counter.asleep, computing_s)
 
     async def ended(self) -> None:

@@ -32,7 +32,7 @@ class Breaker:
     def pause_s(self) -> float:
         """From the last failure to the next trial."""
         doublings = min(max(self.failures - self.rules.failures, 0), _MOST_DOUBLINGS)
-        return min(self.rules.first_pause_s * 2**doublings, self.rules.longest_pause_s)
+        return min(self.rules.first_pause_s * 2.0**doublings, self.rules.longest_pause_s)
 
     def allows(self, now_s: float) -> bool:
         """Whether a request may pass now."""

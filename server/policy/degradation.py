@@ -91,7 +91,7 @@ def _single(body: Body, route: str, max_tokens: int) -> tuple[Body, list[str]]:
 
 def _without_logprobs(body: Body, route: str, max_tokens: int) -> tuple[Body, list[str]]:
     del route, max_tokens
-    asked = [field for field in _LOGPROBS if body.get(field) not in (None, False)]
+    asked = [field for field in _LOGPROBS if body.get(field) is not None and body.get(field) is not False]
     included = body.get("include")
     listed = isinstance(included, list) and _LOGPROBS_INCLUDED in included
     if not asked and not listed:

@@ -13,9 +13,7 @@ _CHAT: Final = "/v1/chat/completions"
 _USAGE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
 
-def canned_reply(
-    route: str, body: Mapping[str, Any], text: str, request: OpenRequest
-) -> Reply | StreamReply | None:
+def canned_reply(route: str, body: Mapping[str, Any], text: str, request: OpenRequest) -> Reply | StreamReply | None:
     """`text` as a chat answer, streamed where the request asks for that; None for routes other than chat."""
     if route != _CHAT:
         return None
@@ -26,11 +24,9 @@ def canned_reply(
         return Reply(json.dumps(answer).encode(), "application/json")
     request.producing = True
     head = {**common, "object": "chat.completion.chunk"}
-    deltas = ({"role": "assistant", "content": text}, None), ({}, "stop")
-    frames = [
-        f"data: {json.dumps({**head, 'choices': [{'index': 0, 'delta': delta, 'finish_reason': reason}]})}\n\n"
-        for delta, reason in deltas
-    ]
+    deltas: list[tuple[dict[str, str], str | None]] = [({"role": "assistant", "content": text}, None), ({}, "stop")]
+    choices = [{"index": 0, "delta": delta, "finish_reason": reason} for delta, reason in deltas]
+    frames = [f"data: {json.dumps({**head, 'choices': [choice]})}\n\n" for choice in choices]
     return StreamReply(_ReadyFrames(iter([*frames, "data: [DONE]\n\n"])), "text/event-stream", _never_refuses)
 
 

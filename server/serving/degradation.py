@@ -31,13 +31,13 @@ class Degradation:
     """Applies the level that counts now."""
 
     def __init__(self, ladder: LadderWatch, rules: DegradationRules, metrics: ResilienceMetrics) -> None:
-        self._ladder = ladder
+        self.ladder = ladder
         self._rules = rules
         self._metrics = metrics
 
     def apply(self, call: Call, request: OpenRequest) -> Call:
         """The call with what its level takes from it; the client is told in the answer's head. Raises `Refusal`."""
-        level = self._ladder.level
+        level = self.ladder.level
         if level == Level.NORMAL or not governs(call.method, call.route):
             return call
         request.wish = parse_wish(_header(call, _WISH_HEADER))
@@ -46,7 +46,7 @@ class Degradation:
         self._refuse(level, request)
         economy = economical(call.body or {}, call.route, self._rules.economy_max_tokens)
         if economy.applied:
-            if request.wish == "none" and self._ladder.chosen > Level.NORMAL:
+            if request.wish == "none" and self.ladder.chosen > Level.NORMAL:
                 raise _not_degraded()
             request.degraded(*economy.applied)
         request.context_factor = context_factor(level)
@@ -57,18 +57,22 @@ class Degradation:
 
         While the engine is down a client that wants no degraded answer waits for the next engine instead.
         """
-        if self._ladder.level < Level.FALLBACK:
+        if self.ladder.level < Level.FALLBACK:
             return False
         if request.wish != "none":
             return True
-        if self._ladder.chosen >= Level.FALLBACK:
+        if self.ladder.chosen >= Level.FALLBACK:
             raise _not_degraded()
         return False
+
+    def may_be_a_canary(self, call: Call) -> bool:
+        """Whether a client takes another server's answer although all is well."""
+        return parse_wish(_header(call, _WISH_HEADER)) != "none"
 
     def canned(self, call: Call, request: OpenRequest) -> Reply | StreamReply | None:
         """The operator's canned reply, where the server is closed and the client takes one."""
         text = self._rules.canned_reply
-        if text is None or self._ladder.level < Level.CLOSED or not governs(call.method, call.route):
+        if text is None or self.ladder.level < Level.CLOSED or not governs(call.method, call.route):
             return None
         if parse_wish(_header(call, _WISH_HEADER)) != "canned":
             return None

@@ -36,6 +36,7 @@ _PASSED_ON: Final = frozenset({400, 413, 422})
 # Ours alone, and an error for OpenAI's own servers.
 _OWN_FIELDS: Final = ("truncation",)
 _RESPONSES: Final = "/v1/responses"
+_BREAKER_RULES: Final = BreakerRules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,9 @@ class Upstream:
     """One server to fall back on.
 
     `url` is its base, with the version (`https://host/v1`). A stream may take `first_byte_timeout_s` to begin and then
-    `idle_timeout_s` between two parts; an answer that is no stream has `whole_answer_timeout_s` altogether. `models` maps our model names to its own, `*` any other.
-    `canary_share` (0 to 1) of all calls goes there also when nothing is wrong, so that it is known to work.
+    `idle_timeout_s` between two parts; an answer that is no stream has `whole_answer_timeout_s` altogether. `models`
+    maps our model names to its own, `*` any other. `canary_share` (0 to 1) of all calls goes there also when nothing
+    is wrong, so that it is known to work.
     """
 
     name: str
@@ -70,7 +72,7 @@ class Fallback:
         upstreams: Sequence[Upstream],
         metrics: ResilienceMetrics,
         chance: Callable[[], float],
-        breaker: BreakerRules = BreakerRules(),
+        breaker: BreakerRules = _BREAKER_RULES,
     ) -> None:
         self._lines = [_Line(upstream, metrics, breaker) for upstream in upstreams]
         self._chance = chance
@@ -204,7 +206,7 @@ class _Line:
 
 
 class UpstreamFrames:
-    """An upstream's stream as it comes. An object rather than a generator: it is closed also if nobody ever reads it."""
+    """An upstream's stream as it comes. An object and no generator: it is closed also if nobody ever reads it."""
 
     def __init__(
         self,

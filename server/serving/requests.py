@@ -81,9 +81,9 @@ class OpenRequest:
     `detached`: it goes on generating after its answer (background responses), so nothing is closed with it.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
     `tenant` owns it; `end_user` is whom a trusted tenant sent it for.
-    `stack` is what it runs on, `exposed` whether it has reached that stack's engine, `woken` that it was told of
-    the engine's death by a cancellation, and `deaths` how many engines have died with it inside. `wish` is what the client thinks of a degraded answer, and `context_factor` the share of the
-    context budget that its history may fill.
+    `stack` is what it runs on, `exposed` whether it has reached that stack's engine, `woken` that it was told of the
+    engine's death by a cancellation, and `deaths` how many engines have died with it inside. `wish` is what the client
+    thinks of a degraded answer, and `context_factor` the share of the context budget that its history may fill.
     """
 
     request_id: str
@@ -209,7 +209,7 @@ class OpenRequests:
         return 0
 
     def wake_those_on(self, stack: Stack) -> None:
-        """Tell every request that still waits for something on a dead stack: some of vLLM's calls would wait forever."""
+        """Tell every request that still waits for a dead stack: some of vLLM's calls would wait forever."""
         for task, request in self._open.items():
             if request.stack is stack and not request.letting_go:
                 request.woken = True

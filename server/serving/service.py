@@ -144,8 +144,9 @@ class Service:
             return None
         refuse_closed_fields(call.body or {}, self._rules.opened_fields)
         if not self._degradation.goes_to_fallback(request):
-            wanted = request.wish != "none"
-            return await self._fallback.canary(call, request) if wanted and not self.slot.down else None
+            if self.slot.down or not self._degradation.may_be_a_canary(call):
+                return None
+            return await self._fallback.canary(call, request)
         reply = await self._fallback.answer(call, request)
         if reply is None and not self.slot.down:
             raise Overloaded(

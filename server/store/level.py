@@ -29,7 +29,7 @@ class RedisPins:
         """The pin, with the time it has left. Raises `PinsUnreachable`."""
         try:
             found = cast("bytes | None", await self._client.get(_KEY))
-            left_ms = cast("int", await self._client.pttl(_KEY)) if found is not None else 0
+            left_ms = await self._client.pttl(_KEY) if found is not None else 0
         except (RedisError, OSError, TimeoutError) as error:
             raise PinsUnreachable(str(error)) from error
         return None if found is None or left_ms <= 0 else _pin(json.loads(found), left_ms / 1000)

@@ -10,13 +10,19 @@ from prometheus_client import CollectorRegistry
 from server.engine.calls import Call, Frame, Reply, StreamReply
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
+from server.policy.ladder import LadderRules
 from server.policy.refusals import InvalidRequest, Refusal
+from server.serving.degradation import Degradation, DegradationRules
 from server.serving.engine_slot import EngineSlot
+from server.serving.fallback import Fallback, Upstream
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
+from server.serving.ladder import LadderSources, LadderWatch, LocalPins, Pins
+from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
-from server.serving.service import BodyRules, Service
+from server.serving.service import BodyRules, Resilience, Service
 from server.telemetry.metrics import Metrics
+from server.telemetry.resilience import ResilienceMetrics
 
 if TYPE_CHECKING:  # the engine room imports vLLM
     from server.engine.seams import Demand
