@@ -70,6 +70,7 @@ class Supervisor:
         self._witness = witness
         self._rules = rules
         self.building = False
+        self._build_s = 0.0
 
     async def run(self, stack: Stack) -> None:
         """Watch `stack` and its successors. Returns when too many restarts in a row have failed."""
@@ -96,7 +97,7 @@ class Supervisor:
             settle_memory()
             downtime_s = time.monotonic() - died_at_s
             self._witness.engine_replaced(downtime_s)
-            log.info("engine replaced", downtime_s=round(downtime_s, 1), models=list(current.model_names))
+            log.info("engine replaced", downtime_s=round(downtime_s, 2), build_s=round(self._build_s, 2))
 
     async def _end_of(self, stack: Stack) -> bool:
         """Wait until the stack's engine has ended; it is ended here if it hangs. True when it hung."""
@@ -142,7 +143,9 @@ class Supervisor:
         return None
 
     async def _built(self, adapters: tuple[Adapter, ...]) -> Stack:
+        started_s = time.monotonic()
         stack = await self._build()
+        self._build_s = time.monotonic() - started_s
         try:
             await stack.load_adapters(adapters)
         except StartFailure:

@@ -117,3 +117,41 @@ def test_vllm_calls_generate_without_awaiting_it() -> None:
     """`SeamedEngine.generate` is a plain call that returns an async generator, as vLLM's callers expect."""
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
     assert not inspect.iscoroutinefunction(SeamedEngine.generate)
+
+
+def test_the_engines_life_can_be_watched_and_ended() -> None:
+    """What the supervisor stands on: the task that notices a death, the processes, and where adapters are kept."""
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.v1.engine.core_client import BackgroundResources, MPClient
+    from vllm.v1.engine.utils import CoreEngineProcManager
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+    assert "self.output_handler = asyncio.create_task(" in inspect.getsource(AsyncLLM._run_output_handler)
+    assert {"engine_manager", "coordinator", "engine_dead"} <= set(BackgroundResources.__dataclass_fields__)
+    assert "self.processes" in inspect.getsource(CoreEngineProcManager.__init__)
+    assert "self.resources = BackgroundResources(" in inspect.getsource(MPClient.__init__)
+    assert "self.stat_loggers" in inspect.getsource(StatLoggerManager.__init__)
+    assert "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__)
+    assert _parameters(OpenAIServingModels.load_lora_adapter) == ["request", "base_model_name"]
+    assert _parameters(unregister_vllm_metrics) == []
+
+
+def test_a_step_is_reported_to_every_stat_logger() -> None:
+    from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
+
+    from server.engine.steps import StepCounter
+
+    assert _parameters(StepCounter.record) == _parameters(AggregateStatLoggerBase.record)
+    for call in (".record(", ".record_sleep_state(sleep, level)"):
+        assert call in inspect.getsource(StatLoggerManager)
+
+
+def test_an_engine_that_is_dead_says_so_before_its_requests_learn_of_it() -> None:
+    """Whether a request may run again is asked of its stack: `errored` has to be true when the error arrives."""
+    from vllm.v1.engine.core_client import BackgroundResources, MPClient
+
+    monitor = inspect.getsource(MPClient.start_engine_core_monitor)
+    assert monitor.index("engine_dead = True") < monitor.index("_self.shutdown()")
+    alive = inspect.getsource(BackgroundResources.validate_alive)
+    assert alive.index("engine_dead = True") < alive.index("raise EngineDeadError")
