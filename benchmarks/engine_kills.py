@@ -190,8 +190,8 @@ def _engine_of(contender: Contender) -> psutil.Process:
 
 def _last_build_s(contender: Contender) -> float:
     lines = contender.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    events = (json.loads(line) for line in reversed(lines) if '"engine replaced"' in line)
-    return float(next(events, {}).get("build_s", 0.0))
+    replaced = [json.loads(line) for line in lines if '"engine replaced"' in line]
+    return float(replaced[-1]["build_s"]) if replaced else 0.0
 
 
 def _holdings(contender: Contender) -> Holdings:

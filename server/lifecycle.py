@@ -174,7 +174,8 @@ class Process:
         config, errors = self._scratch / "logging.json", self._scratch / "engine-errors.log"
         errors.unlink(missing_ok=True)  # the words of an engine that is gone explain nothing about the next
         logs.write_child_config(config, errors, json_lines=self._json_lines, level=self._settings.log_level)
-        request = StackRequest(self._flags, config, errors, self._settings.context_count_cache_entries)
+        s = self._settings
+        request = StackRequest(self._flags, config, errors, s.context_count_cache_entries, s.fast_streams)
         return await build_stack(request, self._app.generation, self._app.slot.enter)
 
     async def _drain(self) -> None:

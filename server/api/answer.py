@@ -129,18 +129,22 @@ class OwnedResponse(Response):
         Frames that precede the engine's first output are held back, so that a refusal can still be a status.
         """
         held: list[bytes] = []
+        flowing = False
+        send, refusal_in = self._send, reply.refusal_in
         async with self._kept_alive(reply.media_type, opened) as waiting, aclosing(reply.frames) as frames:
             async for frame in frames:
-                if (refusal := reply.refusal_in(frame)) is not None:
+                if (refusal := refusal_in(frame)) is not None:
                     raise refusal
-                held.append(_bytes(told_frame(frame, opened.edits) if opened.edits else frame))
-                if not opened.producing:
+                data = _bytes(told_frame(frame, opened.edits) if opened.edits else frame)
+                if flowing:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
                     continue
-                if not waiting.done():
+                held.append(data)
+                if opened.producing:
                     await _cancelled(waiting)
-                self._sent = True
-                await self._send_frames(b"".join(held), reply.media_type, opened)
-                held.clear()
+                    self._sent = flowing = True
+                    await self._send_frames(b"".join(held), reply.media_type, opened)
+                    held.clear()
         await self._send_frames(b"".join(held), reply.media_type, opened)
         self._client.finish()
         await self._end()

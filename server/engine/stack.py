@@ -4,6 +4,7 @@ import asyncio
 from argparse import Namespace
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
@@ -25,6 +27,7 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from server.engine.arguments import EngineArguments, complete_arguments, parse_arguments, with_usable_parsers
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.engine.operations import Operation, OperationKey, collect_operations
+from server.engine.plain_streams import splice_chat, splice_completions
 from server.engine.processes import EngineFamily, pids_of
 from server.engine.seams import SeamedEngine, Seams, open_renderer_seam
 from server.engine.start_failures import StartContext, StartFailure, explain
@@ -40,12 +43,13 @@ Result = TypeVar("Result")
 @dataclass(frozen=True, slots=True)
 class StackRequest:
     """What a stack is built from. `logging_config` is a dictConfig file for vLLM's processes, whose
-    error records also land in `engine_error_log`."""
+    error records also land in `engine_error_log`. `fast_streams`: make the frames of plain text streams here."""
 
     vllm_flags: tuple[str, ...]
     logging_config: Path
     engine_error_log: Path
     count_cache_entries: int
+    fast_streams: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,7 @@ async def build_stack(request: StackRequest, seams: Seams, stage: Stage) -> Stac
     arguments, engine, family = await asyncio.to_thread(_build_engine, request, seams, stage)
     stage("warming up")
     engine._run_output_handler()  # vLLM starts it with the first request; it is also what notices a death
-    building = _build_on(arguments, engine, family, request.count_cache_entries)
+    building = _build_on(arguments, engine, family, request)
     try:
         return await _while_alive(engine, building)
     except StartFailure:
@@ -164,6 +168,7 @@ def _build_engine(
     request: StackRequest, seams: Seams, stage: Stage
 ) -> tuple[EngineArguments, SeamedEngine, EngineFamily]:
     args = parse_arguments(request.vllm_flags)
+    disable_envs_cache()  # building an engine sets some of them
     try:
         _configure_logging(args, request.logging_config)
         if args.model is None:
@@ -224,17 +229,16 @@ def _explained(error: Exception, args: Namespace, engine_error_log: Path) -> Sta
 
 
 async def _build_on(
-    arguments: EngineArguments, engine: SeamedEngine, family: EngineFamily, count_cache_entries: int
+    arguments: EngineArguments, engine: SeamedEngine, family: EngineFamily, request: StackRequest
 ) -> Stack:
     arguments = with_usable_parsers(arguments, engine.renderer.tokenizer)
     args, state = arguments.args, State()
     await engine.reset_mm_cache()  # vLLM does the same: dummy inputs of its memory profiling stay behind otherwise
     tasks = await engine.get_supported_tasks()
     await init_app_state(engine, state, args, tasks)
-    await open_renderer_seam(state.online_renderer, engine.seams, count_cache_entries)
-    if not arguments.uses_tools and not arguments.parser_named and not args.reasoning_parser:
-        for chat in (state.openai_serving_chat, state.anthropic_serving_messages):
-            _parse_only_with_tools(chat)
+    await open_renderer_seam(state.online_renderer, engine.seams, request.count_cache_entries)
+    parser_is_borrowed = not arguments.uses_tools and not arguments.parser_named and not args.reasoning_parser
+    _lighten(state, parse_tools_only=parser_is_borrowed, fast_streams=request.fast_streams)
     config = engine.vllm_config
     stack = Stack(
         engine=engine,
@@ -249,16 +253,32 @@ async def _build_on(
         uses_tools=arguments.uses_tools,
     )
     _log_window(stack, asked=args.max_model_len)
+    enable_envs_cache()  # vLLM reads its environment at every token; its own cache is for the engine's processes only
     return stack
 
 
-def _parse_only_with_tools(chat: Any) -> None:
-    """Leave the parser out of requests without tools, where the model has none of its own.
+def _lighten(state: State, *, parse_tools_only: bool, fast_streams: bool) -> None:
+    """Take from vLLM's endpoints what a request does not need.
 
-    It is there for forced calls alone; on every other stream it would cost several microseconds a token.
+    `parse_tools_only`: the parser is there for forced calls alone, and on every other stream it would cost several
+    microseconds a token.
     """
-    if chat is None:
-        return
+    for chat in (state.openai_serving_chat, state.anthropic_serving_messages):
+        if chat is None:
+            continue
+        if parse_tools_only:
+            _parse_only_with_tools(chat)
+        if fast_streams:
+            splice_chat(chat, partial(_parses, chat, parse_tools_only))
+    if fast_streams and state.openai_serving_completion is not None:
+        splice_completions(state.openai_serving_completion)
+
+
+def _parses(chat: Any, parse_tools_only: bool, request: Any) -> bool:
+    return chat.parser_cls is not None and (bool(request.tools) or not parse_tools_only)
+
+
+def _parse_only_with_tools(chat: Any) -> None:
     make_parser = chat._make_parser
 
     def make_if_needed(request: Any, tokenizer: Any, chat_template_kwargs: Any) -> Any:

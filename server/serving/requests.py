@@ -187,13 +187,19 @@ class OpenRequests:
         finally:
             _current.reset(token)
             request.letting_go = True
-            await _to_its_end(self._let_go(task, request))
+            if request.running:
+                await _to_its_end(self._let_go(task, request))
+            else:
+                self._forget(task)
 
-    async def _let_go(self, task: asyncio.Task[Any], request: OpenRequest) -> None:
-        closed = await asyncio.gather(*(running.release() for running in request.running), return_exceptions=True)
+    def _forget(self, task: asyncio.Task[Any]) -> None:
         del self._open[task]
         if not self._open:
             self._idle.set()
+
+    async def _let_go(self, task: asyncio.Task[Any], request: OpenRequest) -> None:
+        closed = await asyncio.gather(*(running.release() for running in request.running), return_exceptions=True)
+        self._forget(task)
         for error in closed:
             if error is not None:
                 log.error("a generation could not be closed", request_id=request.request_id, exc_info=error)

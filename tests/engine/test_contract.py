@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor
@@ -28,6 +30,14 @@ _PREPROCESS_CHAT = [
     "tool_dicts", "parser", "skip_mm_cache",
 ]  # fmt: skip
 _ADD_REQUEST = ["request", "prompt", "parent_req", "request_index", "queue"]
+_CHAT_STREAM = [
+    "request", "result_generator", "request_id", "model_name", "conversation", "tokenizer", "request_metadata",
+    "chat_template_kwargs", "mm_token_counts",
+]  # fmt: skip
+_COMPLETION_STREAM = [
+    "request", "engine_inputs", "result_generator", "request_id", "created_time", "model_name", "num_prompts",
+    "tokenizer", "request_metadata",
+]  # fmt: skip
 _FROM_VLLM_CONFIG = [
     "vllm_config", "start_engine_loop", "usage_context", "stat_loggers", "enable_log_requests",
     "aggregate_engine_logging", "disable_log_stats", "client_addresses", "client_count", "client_index",
@@ -59,6 +69,8 @@ def test_the_installed_vllm_is_the_pinned_version() -> None:
         (OutputProcessor.add_request, _ADD_REQUEST),
         (FollowedOutputProcessor.add_request, _ADD_REQUEST),
         (EngineClient.check_admission, ["n", "request_id"]),
+        (OpenAIServingChat.chat_completion_stream_generator, _CHAT_STREAM),
+        (OpenAIServingCompletion.completion_stream_generator, _COMPLETION_STREAM),
     ],
 )
 def test_a_seam_has_the_parameters_it_passes_on(function: Any, parameters: list[str]) -> None:
@@ -77,6 +89,10 @@ def test_a_seam_has_the_parameters_it_passes_on(function: Any, parameters: list[
         ("vllm.entrypoints.launchers.cli_args", "propagate_flash_late_interaction", ["args", "engine_args"]),
         ("vllm.entrypoints.serve.exception_handling.error_response", "create_error_response",
          ["message", "err_type", "status_code", "param"]),
+        ("vllm.entrypoints.serve.utils.api_utils", "should_include_usage",
+         ["stream_options", "enable_force_include_usage"]),
+        ("vllm.envs", "enable_envs_cache", []),
+        ("vllm.envs", "disable_envs_cache", []),
         ("vllm.logger", "configure_logging_from_args", ["args"]),
         ("vllm.renderers.inputs.preprocess", "extract_prompt_len", ["model_config", "prompt"]),
     ],

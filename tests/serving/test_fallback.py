@@ -102,7 +102,7 @@ async def test_a_clients_own_key_is_not_given_away() -> None:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("fault", ["refuse", "hang", "status"])
 async def test_a_failure_before_the_first_byte_goes_to_the_next_upstream(fault: Fault, stream: bool) -> None:
-    async with upstreams(FaultProxy(fault), FaultProxy()) as fallback:
+    async with upstreams(FaultProxy(fault), FaultProxy(), whole_answer_timeout_s=0.5) as fallback:
         opened = request()
         reply = await fallback.answer(call(stream), opened)
         assert reply is not None
@@ -164,7 +164,7 @@ async def test_an_upstream_that_fails_is_left_out_for_a_while() -> None:
 @pytest.mark.parametrize("reads_first", [True, False])
 async def test_a_client_that_leaves_frees_the_upstream(reads_first: bool) -> None:
     proxy = FaultProxy("hang_midway")
-    async with upstreams(proxy) as fallback:
+    async with upstreams(proxy, first_byte_timeout_s=60, idle_timeout_s=60) as fallback:
         reply = await fallback.answer(call(), request())
         assert isinstance(reply, StreamReply)
         if reads_first:
@@ -175,7 +175,7 @@ async def test_a_client_that_leaves_frees_the_upstream(reads_first: bool) -> Non
 
 async def test_a_client_that_leaves_before_the_first_byte_frees_the_upstream() -> None:
     proxy = FaultProxy("hang")
-    async with upstreams(proxy) as fallback:
+    async with upstreams(proxy, first_byte_timeout_s=60) as fallback:
         asking = asyncio.create_task(fallback.answer(call(), request()))
         await until(lambda: bool(proxy.seen))
         asking.cancel()
