@@ -18,6 +18,7 @@ class EngineSlot:
 
     def __init__(self) -> None:
         self.stage = "starting"
+        self.default_model = ""  # of the stack that serves or served last
         self._stack: Stack | None = None
         self._has_served = False
         self._filled = asyncio.Event()
@@ -55,6 +56,7 @@ class EngineSlot:
 
     def fill(self, stack: Stack) -> None:
         self._stack, self.stage, self._has_served = stack, "ready", True
+        self.default_model = stack.model_names[0]
         self._filled.set()
 
     def empty(self, stage: str) -> Stack | None:
