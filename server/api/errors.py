@@ -87,6 +87,8 @@ def event(refusal: Refusal, dialect: Dialect) -> bytes:
 def headers(refusal: Refusal) -> dict[str, str]:
     """`Retry-After` in whole seconds (rounded up) and in milliseconds, where waiting helps."""
     extra = {"www-authenticate": "Bearer"} if status(refusal) == HTTPStatus.UNAUTHORIZED else {}
+    if not refusal.should_retry:
+        extra["x-should-retry"] = "false"
     if refusal.retry_after_s is None:
         return extra
     milliseconds = math.ceil(refusal.retry_after_s * 1000)
