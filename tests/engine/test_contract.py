@@ -8,7 +8,9 @@ import pytest
 from vllm.engine.protocol import EngineClient
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor
 
+from server.engine.progress import FollowedOutputProcessor
 from server.engine.seams import SeamedEngine, SeamedRenderer
 
 pytestmark = pytest.mark.engine
@@ -25,6 +27,7 @@ _PREPROCESS_CHAT = [
     "request", "messages", "default_template", "default_template_content_format", "default_template_kwargs",
     "tool_dicts", "parser", "skip_mm_cache",
 ]  # fmt: skip
+_ADD_REQUEST = ["request", "prompt", "parent_req", "request_index", "queue"]
 _FROM_VLLM_CONFIG = [
     "vllm_config", "start_engine_loop", "usage_context", "stat_loggers", "enable_log_requests",
     "aggregate_engine_logging", "disable_log_stats", "client_addresses", "client_count", "client_index",
@@ -53,6 +56,8 @@ def test_the_installed_vllm_is_the_pinned_version() -> None:
         (SeamedRenderer.preprocess_chat, _PREPROCESS_CHAT),
         (AsyncLLM.from_vllm_config, _FROM_VLLM_CONFIG),
         (AsyncLLM.shutdown, ["timeout"]),
+        (OutputProcessor.add_request, _ADD_REQUEST),
+        (FollowedOutputProcessor.add_request, _ADD_REQUEST),
         (EngineClient.check_admission, ["n", "request_id"]),
     ],
 )
