@@ -18,16 +18,20 @@ from server.api.errors import Dialect
 from server.api.middleware import Exchange
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
+from server.policy.admission import Admission
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
+from server.policy.objectives import Objectives
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
 from server.serving.engine_slot import EngineSlot
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
+from server.serving.queue import Gate
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Service
 from server.settings import Settings
 from server.telemetry import metrics
+from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.metrics import Metrics
 
 _MIB: Final = 1 << 20
@@ -46,6 +50,7 @@ class Application:
     slot: EngineSlot
     requests: OpenRequests
     generation: Generation
+    gate: Gate
 
 
 def build_application(
@@ -60,7 +65,9 @@ def build_application(
             chat=settings.default_max_tokens, background_task=settings.background_task_max_tokens
         ),
     )
-    service = Service(slot, requests, rules, fitter)
+    objectives = Objectives(settings.ttft_slo_s or {}, settings.tpot_slo_s or {})
+    gate = Gate(Admission(objectives), AdmissionMetrics(registry))
+    service = Service(slot, requests, rules, fitter, gate)
     docs = settings.docs
     api = DocumentedApi(
         title="Tidegate",
@@ -69,7 +76,7 @@ def build_application(
         openapi_url="/openapi.json" if docs else None,
     )
     api.service = service
-    limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s)
+    limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s, settings.slow_reader_timeout_s)
     authenticate = ApiKeys(settings.api_key)
     api.include_router(_status(service, versions, figures))
     api.include_router(operations_router(service, limits, authenticate, developer_routes=settings.developer_routes))
@@ -85,7 +92,7 @@ def build_application(
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation(fitter))
+    return Application(asgi, slot, requests, Generation(fitter, gate), gate)
 
 
 def _context_policy(settings: Settings) -> ContextPolicy:

@@ -112,6 +112,7 @@ class Process:
             _end_children()
             return 0 if self._stop.is_set() else 1
         self._app.slot.fill(stack)
+        self._app.gate.open(stack.capacity, stack.unloaded)
         gc.collect()
         gc.freeze()  # what loading left is there to stay; the collector need not walk it again
         log.info("ready", models=list(stack.model_names), max_model_len=stack.max_model_len)
@@ -122,6 +123,7 @@ class Process:
         if died.done():
             log.error("The engine ended unexpectedly. The log lines above say why.")
             self._app.slot.empty("engine ended")
+            self._app.gate.close()
         else:
             died.cancel()
             await self._drain()

@@ -55,6 +55,15 @@ class Shed:
     ticket: Ticket | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Consumed:
+    """What the engine did for a request, in tokens. `finished`: it came to its own end."""
+
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    finished: bool = False
+
+
 @dataclass(slots=True)
 class _Lengths:
     """What requests usually ask for and use."""
@@ -82,6 +91,7 @@ class Admission:
     kv_usage_ratio: float = 0.0
     _engine_waiting: int = 0
     _since_step: int = 0
+    _turned_away: bool = False
     _numbers: int = 0
     _lengths: _Lengths = field(default_factory=_Lengths)
     _busy_since_s: dict[TrafficClass, float] = field(default_factory=dict)
@@ -107,7 +117,9 @@ class Admission:
         self.kv_usage_ratio = step.kv_usage_ratio
         self._engine_waiting, self._since_step = step.waiting, 0
         slo_s = self.objectives.tpot(self.unloaded)
-        self.cap = self.cap.stepped(step.itl_s, self.ledger.sequences, slo_s, wanted=len(self.backlog) > 0)
+        wanted = self._turned_away or len(self.backlog) > 0
+        self.cap = self.cap.stepped(step.itl_s, self.ledger.sequences, slo_s, wanted=wanted)
+        self._turned_away = False
 
     def forecast(self, traffic_class: TrafficClass, tenant: str, ask: Ask, now_s: float) -> float:
         """Seconds until a request that came now would have its first token."""
@@ -151,6 +163,7 @@ class Admission:
             return None
         if nothing_before and terms.timeout_s is None:
             return None
+        self._turned_away = True
         slo_s = self.objectives.ttft(terms.traffic_class, self.unloaded)
         return Shed(wait_s, patience_s, hopeless=wait_s > _HOPELESS * slo_s)
 
@@ -180,7 +193,6 @@ class Admission:
         """A request that gave its place up waits again, before the others of its tenant."""
         ticket = held.ticket
         ticket.returned += 1
-        self.counters.charge(ticket.tenant, -ticket.cost)
         self._enter(ticket, now_s)
         return ticket
 
@@ -226,18 +238,17 @@ class Admission:
         """The first output of a request came."""
         self.ledger.produced(held)
 
-    def release(self, held: Held, completion_tokens: int | None, now_s: float) -> None:
-        """A request is over, however it ended. `completion_tokens` None: it is not known how many it got."""
+    def release(self, held: Held, consumed: Consumed, now_s: float) -> None:
+        """A request is over, however it ended: its tenant is charged what it really used."""
         if not self.ledger.release(held):
             return
         ask = held.ticket.ask
-        if completion_tokens is not None:
-            self.counters.charge(held.ticket.tenant, cost(ask.prompt_tokens, completion_tokens) - held.ticket.cost)
-        if held.produced and not held.evicted:
+        used = cost(max(0, ask.prompt_tokens - consumed.cached_tokens), consumed.completion_tokens)
+        self.counters.charge(held.ticket.tenant, used - held.ticket.cost)
+        if consumed.finished:
             self.rates = self.rates.released(now_s - held.admitted_s)
-            if completion_tokens is not None:
-                most = ask.max_tokens * ask.sequences
-                self.growth = self.growth.finished(completion_tokens, most, self._lengths.max_tokens)
+            most = ask.max_tokens * ask.sequences
+            self.growth = self.growth.finished(consumed.completion_tokens, most, self._lengths.max_tokens)
 
     def victims(self) -> list[Held]:
         """Batch work to be aborted and put back, so that the critical request which waits first can run.

@@ -150,9 +150,9 @@ class Backlog:
         lines = self._lines.get(traffic_class, _NO_LINES)
         own = lines.get(tenant)
         own_turn = self._counters[tenant] + (own.cost if own is not None else 0.0)
-        for name, line in lines.items():
-            if name != tenant:
-                gap = own_turn - self._counters[name]
+        for other, line in lines.items():
+            if other != tenant:
+                gap = own_turn - self._counters[other]
                 ahead.add(line, min(1.0, gap / line.cost) if line.cost > 0 < gap else float(gap > 0))
             else:
                 ahead.add(line, 1.0)

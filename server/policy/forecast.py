@@ -79,13 +79,13 @@ class Rates:
 def place_wait_s(needed: float, limit: float, residence_s: float) -> float:
     """Seconds until `needed` more units of a full resource are free, if `limit` units turn over in `residence_s`.
 
-    Little's law: a resource of `limit` units, each held for `residence_s`, frees `limit / residence_s` of them a second.
+    Little's law: of `limit` units that are each held for `residence_s`, `limit / residence_s` are freed every second.
     """
     return max(0.0, needed) * residence_s / max(limit, 1.0)
 
 
 def retry_after_s(wait_s: float, jitter_ratio: float) -> float:
-    """When to come back: the predicted wait and up to a quarter more, so that not all come back at once.
+    """When to come back: the predicted wait and up to a quarter more, so that they do not all come at once.
 
     `jitter_ratio` is a random number between 0 and 1.
     """

@@ -125,8 +125,8 @@ class Ledger:
 def places(traffic_class: TrafficClass, limit: int, *, first_of_tenant: bool) -> int:
     """How many of `limit` places may be taken while a request of this class is let in.
 
-    A tenant with nothing running may use the room that its class leaves to higher ones, so that its wait does not depend
-    on how long the others' answers are. Batch work never does.
+    A tenant with nothing running may use the room that its class leaves to higher ones, so that its wait does not
+    depend on how long the others' answers are. Batch work never does.
     """
     share = 1.0 if first_of_tenant and traffic_class != "batch" else CLASS_SHARES[traffic_class]
     return max(1, int(share * limit))

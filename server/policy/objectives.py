@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 from server.policy.tenants import TrafficClass
 
+# The classes that somebody waits for.
+InteractiveClass = Literal["critical", "default"]
 # Unset objectives are these multiples of what an unloaded engine does.
 _TTFT_FACTOR: Final = 5.0
 _TPOT_FACTOR: Final = 2.0
@@ -32,7 +34,7 @@ class Objectives:
     """Service level objectives by class; what is not in a mapping is learnt."""
 
     ttft_s: Mapping[TrafficClass, float] = field(default_factory=dict)
-    tpot_s: Mapping[TrafficClass, float] = field(default_factory=dict)
+    tpot_s: Mapping[InteractiveClass, float] = field(default_factory=dict)
 
     def ttft(self, traffic_class: TrafficClass, unloaded: Unloaded | None) -> float:
         """Seconds that a request of this class may take to its first token."""

@@ -2,17 +2,20 @@
 
 The time per output token (TPOT) grows with the number that share a step. Where the KV cache is large for the machine's
 speed, as on a CPU, memory never says stop, so the step time has to: additive increase, multiplicative decrease
-(Chiu and Jain, 1989), after a doubling start as in TCP.
+(Chiu and Jain, 1989), with a multiplicative start as in TCP.
 """
 
 from dataclasses import dataclass, replace
 from typing import Final
 
 _FIRST_CAP: Final = 8
-_ITL_WEIGHT: Final = 0.2
+_ITL_WEIGHT: Final = 0.1
+# One stalled step says nothing about how many streams fit: it counts as this many objectives at most.
+_MOST_ITL: Final = 2.0
 _LOW_WATER: Final = 0.9  # of the objective: below it there is room for one more
 _DECREASE: Final = 0.8
-_START_GROWTH: Final = 1.5
+_FAR_BELOW: Final = 0.5  # of the objective: below it growth is multiplicative again
+_GROWTH: Final = 1.5
 # A change shows in the mean only after some steps; changing it again before would overshoot.
 _SETTLE_STEPS: Final = 8
 
@@ -41,17 +44,18 @@ class RunningCap:
         `wanted`: requests wait for a place. A limit that nobody reaches is not raised, and one that is not yet obeyed
         is not lowered again: what runs over it has to end first.
         """
-        if itl_s is None:
-            smoothed = self.itl_s
-        else:
-            smoothed = self.itl_s + _ITL_WEIGHT * (itl_s - self.itl_s) if self.itl_s else itl_s
+        smoothed = self.itl_s
+        if itl_s is not None:
+            counted_s = min(itl_s, _MOST_ITL * tpot_slo_s)
+            smoothed = smoothed + _ITL_WEIGHT * (counted_s - smoothed) if smoothed else counted_s
         cap = replace(self, itl_s=smoothed, steps_to_settle=max(0, self.steps_to_settle - 1))
         if cap.steps_to_settle:
             return cap
         if smoothed > tpot_slo_s and running and running <= self.limit:
             return cap._limited(int(_DECREASE * min(self.limit, running)), starting=False)
         if smoothed < _LOW_WATER * tpot_slo_s and wanted:
-            raised = int(self.limit * _START_GROWTH) + 1 if self.starting else self.limit + 1
+            fast = self.starting or smoothed < _FAR_BELOW * tpot_slo_s
+            raised = int(self.limit * _GROWTH) + 1 if fast else self.limit + 1
             return cap._limited(raised, starting=self.starting)
         return cap
 

@@ -34,10 +34,13 @@ class Terms:
     timeout_s: float | None = None
     priority: int = 0
 
-    @property
-    def engine_priority(self) -> int:
+    def engine_priority(self, asked: int) -> int:
         """The number for vLLM's scheduler. A client can only raise it, which is to wait longer."""
-        return TRAFFIC_CLASSES.index(self.traffic_class) * _CLASS_STEP + self.priority
+        behind = max(self.priority, _lowered(asked))
+        return TRAFFIC_CLASSES.index(self.traffic_class) * _CLASS_STEP + behind
+
+
+DEFAULT_TERMS: Final = Terms()
 
 
 def terms_of(body: Mapping[str, Any], timeout: str | None, tenant_class: TrafficClass) -> Terms:
@@ -46,12 +49,16 @@ def terms_of(body: Mapping[str, Any], timeout: str | None, tenant_class: Traffic
     Values that vLLM will refuse for their type are left for it to name. Raises `InvalidRequest`.
     """
     priority = body.get("priority")
-    lowered = priority if isinstance(priority, int) and not isinstance(priority, bool) else 0
+    asked = priority if isinstance(priority, int) and not isinstance(priority, bool) else 0
     return Terms(
         traffic_class=_class_for(body.get("service_tier"), tenant_class),
         timeout_s=None if timeout is None else _timeout_s(timeout),
-        priority=min(max(lowered, 0), _CLASS_STEP - 1),
+        priority=_lowered(asked),
     )
+
+
+def _lowered(priority: int) -> int:
+    return min(max(priority, 0), _CLASS_STEP - 1)
 
 
 def _class_for(tier: Any, tenant_class: TrafficClass) -> TrafficClass:
@@ -65,6 +72,6 @@ def _timeout_s(value: str) -> float:
     except ValueError:
         seconds = float("nan")
     if not 0 < seconds <= _MAX_TIMEOUT_S:  # "nan" is not, either
-        message = f"The header {TIMEOUT_HEADER} is the seconds to wait for the first token, such as 2.5 (at most 86400)."
+        message = f"The header {TIMEOUT_HEADER} is the seconds to wait for the first token: 2.5, and at most 86400."
         raise InvalidRequest(message, param=TIMEOUT_HEADER)
     return seconds

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from server.policy.admission import Admission, Shed
+from server.policy.admission import Admission, Consumed, Shed
 from server.policy.backlog import Ticket
 from server.policy.forecast import Step, retry_after_s
 from server.policy.ledger import Held
@@ -95,7 +95,7 @@ class Gate:
 
     def slot(self, request: OpenRequest, demand: Demand) -> Slot:
         """A place in the engine, for `async with`: entering waits for it. Raises `Overloaded` and `InvalidRequest`."""
-        return Slot(self, request, Ask(demand.prompt_tokens, demand.max_tokens, demand.n))
+        return Slot(self, request, demand)
 
     def enter(self, slot: Slot) -> None:
         """Begin to wait, or go in at once."""
@@ -128,7 +128,7 @@ class Gate:
             self.admission.leave(slot.ticket)
         if slot.held is not None:
             self._running.pop(slot.held.ticket.number, None)
-            self.admission.release(slot.held, slot.completion_tokens, self.clock())
+            self.admission.release(slot.held, slot.consumed(), self.clock())
             slot.held = None
         if self._waiting:
             self._let_in()
@@ -179,8 +179,8 @@ class Gate:
         if capacity is None or request.asked_max_tokens is None or not exceeds_cache(ask, capacity):
             return
         raise InvalidRequest(
-            f"n × max_tokens is more than this server's memory holds: {ask.prompt_tokens} prompt tokens and "
-            f"{ask.sequences} × {ask.max_tokens} tokens of answers, of at most {capacity.kv_tokens} tokens. "
+            f"n times max_tokens is more than this server's memory holds: {ask.prompt_tokens} prompt tokens and "
+            f"{ask.sequences} answers of {ask.max_tokens} tokens each, of at most {capacity.kv_tokens} tokens. "
             "Ask for fewer or shorter answers.",
             param="n",
         )
@@ -189,24 +189,29 @@ class Gate:
         after_s = retry_after_s(shed.wait_s, self._jitter())
         self._metrics.refused(request.terms.traffic_class, where)
         return Overloaded(
-            f"The server is busy: an answer would begin in about {max(1, round(shed.wait_s))} s, and requests like this "
-            f"one wait at most {shed.patience_s:.3g} s. Please try again in {max(1, round(after_s))} s.",
+            f"The server is busy: an answer would begin in about {max(1, round(shed.wait_s))} s, and requests like "
+            f"this one wait at most {shed.patience_s:.3g} s. Please try again in {max(1, round(after_s))} s.",
             retry_after_s=after_s,
             should_retry=not shed.hopeless,
         )
 
 
 class Slot:
-    """One engine request's place, from the queue into the engine and out."""
+    """One engine request's place, from the queue into the engine and out.
 
-    def __init__(self, gate: Gate, request: OpenRequest, ask: Ask) -> None:
-        self.request, self.ask = request, ask
+    `finished` is set by whoever saw the engine's last output.
+    """
+
+    def __init__(self, gate: Gate, request: OpenRequest, demand: Demand) -> None:
+        self.request = request
+        self.ask = Ask(demand.prompt_tokens, demand.max_tokens, demand.n)
         self.ticket: Ticket | None = None
         self.held: Held | None = None
         self.granted: asyncio.Future[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
-        self.completion_tokens: int | None = None
+        self.finished = False
         self._gate = gate
+        self._progress = demand.progress
         self._consumer: asyncio.Task[object] | None = None
 
     async def __aenter__(self) -> Slot:
@@ -224,6 +229,10 @@ class Slot:
         if self.granted is not None and not self.granted.done():
             self._gate.leave(self)
             self.granted.cancel()
+
+    def consumed(self) -> Consumed:
+        """What the engine did for it."""
+        return Consumed(self._progress.completion_tokens, self._progress.cached_tokens, self.finished)
 
     def produced(self) -> None:
         """The first output came."""
@@ -243,21 +252,35 @@ class Slot:
 
     async def wait_again(self) -> None:
         """After `gave_up`: give the place back, and wait for another one in front of the queue."""
+        self._enter_again()
+        await self._until_granted()
+
+    def _enter_again(self) -> None:
         held = self.held
         assert held is not None
         self._gate.leave(self)
         self._gate.enter_again(self, held)
-        await self._until_granted()
 
     async def _until_granted(self) -> None:
         self._consumer = asyncio.current_task()
-        if self.granted is None or self.held is not None:
+        if self.granted is None or self.granted.done():
             return
         self.request.running.add(self)
         try:
-            await self.granted
+            await self._granted()
         except BaseException:
             self._gate.leave(self)
             raise
         finally:
             self.request.running.discard(self)
+
+    async def _granted(self) -> None:
+        """Wait for the place. It may be given up again in the moment between the grant and this task's turn."""
+        while self.granted is not None:
+            try:
+                return await self.granted
+            except asyncio.CancelledError:
+                if not self.gave_up():
+                    raise
+                self._enter_again()
+        return None

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -18,6 +18,7 @@ from server.policy.context import TruncationPolicy
 from server.policy.edits import NO_EDITS, Edits
 from server.policy.refusals import Draining, Refusal
 from server.policy.tenants import ANYONE, Tenant
+from server.policy.terms import DEFAULT_TERMS, Terms
 
 if TYPE_CHECKING:
     from server.serving.fitting import FitReport
@@ -32,6 +33,14 @@ class DryRun:
     """Asks seam 1 to fit whatever is rendered for this request, and to leave a report."""
 
     report: FitReport | None = None
+
+
+class Work(Protocol):
+    """Something that goes on for a request and is ended with it."""
+
+    async def release(self) -> None:
+        """End it, told from outside; returns when it has let go."""
+        ...
 
 
 class Running:
@@ -78,7 +87,8 @@ class OpenRequest:
     generates for it: vLLM does not close its generators when a stream is left early, so the request does.
     `detached`: it goes on generating after its answer (background responses), so nothing is closed with it.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
-    `tenant` owns it; `end_user` is whom a trusted tenant sent it for.
+    `tenant` owns it; `end_user` is whom a trusted tenant sent it for. `terms` are how it waits, `arrived_s` since when
+    on the gate's clock.
     """
 
     request_id: str
@@ -95,7 +105,9 @@ class OpenRequest:
     asked_max_tokens: int | None = None
     edits: Edits = NO_EDITS
     dry_run: DryRun | None = None
-    running: set[Running] = field(default_factory=set)
+    running: set[Work] = field(default_factory=set)
+    terms: Terms = DEFAULT_TERMS
+    arrived_s: float | None = None
     detached: bool = False
     letting_go: bool = False
 
@@ -151,7 +163,7 @@ class OpenRequests:
             await _to_its_end(self._let_go(task, request))
 
     async def _let_go(self, task: asyncio.Task[Any], request: OpenRequest) -> None:
-        closed = await asyncio.gather(*(running.release() for running in request.running), return_exceptions=True)
+        closed = await asyncio.gather(*(work.release() for work in tuple(request.running)), return_exceptions=True)
         del self._open[task]
         if not self._open:
             self._idle.set()

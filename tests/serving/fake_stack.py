@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any, cast
 from prometheus_client import CollectorRegistry
 
 from server.engine.calls import Call, Frame, Reply, StreamReply
+from server.policy.admission import Admission
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
+from server.policy.objectives import Objectives
 from server.policy.refusals import InvalidRequest, Refusal
+from server.policy.reservations import Capacity
 from server.serving.engine_slot import EngineSlot
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
+from server.serving.queue import Gate
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Service
+from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:  # the engine room imports vLLM
@@ -63,13 +68,20 @@ def new_fitter() -> HistoryFitter:
     return HistoryFitter(ContextPolicy(TruncationPolicy(), None), {}, Metrics(CollectorRegistry()))
 
 
-def new_generation() -> Generation:
-    return Generation(new_fitter())
+def new_gate() -> Gate:
+    """A gate that is open, with far more room than a test needs."""
+    gate = Gate(Admission(Objectives()), AdmissionMetrics(CollectorRegistry()))
+    gate.open(Capacity(kv_tokens=1 << 20, block_tokens=16, max_running=256), None)
+    return gate
+
+
+def new_generation(gate: Gate | None = None) -> Generation:
+    return Generation(new_fitter(), gate or new_gate())
 
 
 def new_service(slot: EngineSlot, requests: OpenRequests, rules: BodyRules | None = None) -> Service:
     rules = rules or BodyRules(frozenset(), MaxTokensDefaults())
-    return Service(slot, requests, rules, new_fitter())
+    return Service(slot, requests, rules, new_fitter(), new_gate())
 
 
 @dataclass(slots=True)
