@@ -79,9 +79,11 @@ def new_generation(gate: Gate | None = None) -> Generation:
     return Generation(new_fitter(), gate or new_gate())
 
 
-def new_service(slot: EngineSlot, requests: OpenRequests, rules: BodyRules | None = None) -> Service:
+def new_service(
+    slot: EngineSlot, requests: OpenRequests, rules: BodyRules | None = None, gate: Gate | None = None
+) -> Service:
     rules = rules or BodyRules(frozenset(), MaxTokensDefaults())
-    return Service(slot, requests, rules, new_fitter(), new_gate())
+    return Service(slot, requests, rules, new_fitter(), gate or new_gate())
 
 
 @dataclass(slots=True)
