@@ -1,5 +1,6 @@
 """The composition: builds every room's parts from the settings and puts them together."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -13,23 +14,33 @@ from starlette.types import ASGIApp
 
 from server.api import errors
 from server.api.answer import WireLimits
-from server.api.auth import ApiKeys
+from server.api.auth import Callers, OperatorKey, Operators
+from server.api.edge import Edge, EdgeLimits
 from server.api.errors import Dialect
 from server.api.middleware import Exchange
+from server.api.operators import operators_router
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
+from server.api.usage import usage_router
 from server.policy.admission import Admission
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
 from server.policy.objectives import Objectives
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
+from server.serving.access import Access, OpenRule
+from server.serving.declared_tenants import DeclaredTenants
 from server.serving.engine_slot import EngineSlot
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.queue import Gate
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Service
+from server.serving.tenant_desk import TenantDesk
+from server.serving.usage import UsageDesk
 from server.settings import Settings
+from server.store.connection import Client
+from server.store.tenants import TenantRecords
+from server.store.usage import UsageBook
 from server.telemetry import metrics
 from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.metrics import Metrics
@@ -51,12 +62,22 @@ class Application:
     requests: OpenRequests
     generation: Generation
     gate: Gate
+    access: Access
 
 
 def build_application(
-    settings: Settings, versions: Mapping[str, str], registry: CollectorRegistry = REGISTRY
+    settings: Settings,
+    versions: Mapping[str, str],
+    registry: CollectorRegistry = REGISTRY,
+    *,
+    redis: Client | None = None,
+    operator_key: str | None = None,
 ) -> Application:
-    """Everything but the engine, which is loaded while this already answers."""
+    """Everything but the engine, which is loaded while this already answers.
+
+    Without `redis` there are no tenants but those of the tenants file; without a key nobody is the operator. Raises
+    `TenantsFileError`.
+    """
     slot, requests, figures = EngineSlot(), OpenRequests(), Metrics(registry)
     fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
     rules = BodyRules(
@@ -77,9 +98,14 @@ def build_application(
     )
     api.service = service
     limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s, settings.slow_reader_timeout_s)
-    authenticate = ApiKeys(settings.api_key)
     api.include_router(_status(service, versions, figures))
-    api.include_router(operations_router(service, limits, authenticate, developer_routes=settings.developer_routes))
+    doors = _doors(settings, redis, operator_key)
+    api.include_router(
+        operations_router(service, limits, doors.callers, doors.edge, developer_routes=settings.developer_routes)
+    )
+    api.include_router(operators_router(doors.desk, doors.operators))
+    usage = UsageDesk(None if redis is None else UsageBook(redis))
+    api.include_router(usage_router(usage, doors.desk, doors.callers, doors.operators))
     api.add_exception_handler(HTTPException, _on_http_exception)
     api.add_exception_handler(Refusal, _on_refusal)
     api.add_exception_handler(Exception, _on_error)
@@ -92,7 +118,39 @@ def build_application(
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation(fitter, gate), gate)
+    return Application(asgi, slot, requests, Generation(fitter, gate), gate, doors.access)
+
+
+@dataclass(frozen=True, slots=True)
+class _Doors:
+    """Who may come in, as what, and how often they may try."""
+
+    access: Access
+    desk: TenantDesk
+    callers: Callers
+    operators: Operators
+    edge: Edge
+
+
+def _doors(settings: Settings, redis: Client | None, operator_key: str | None) -> _Doors:
+    declared = DeclaredTenants(settings.tenants_file)
+    records = None if redis is None else TenantRecords(redis)
+    access = Access(OpenRule(settings.api_key, settings.require_key), declared, records, time.time)
+    operator = OperatorKey(settings.operator_key or operator_key)
+    edge = Edge(
+        EdgeLimits(
+            failed_logins=settings.failed_logins_per_minute,
+            model_lists=settings.model_lists_per_minute,
+            operator_requests=settings.operator_requests_per_minute,
+        )
+    )
+    return _Doors(
+        access=access,
+        desk=TenantDesk(records, declared, access, time.time),
+        callers=Callers(access, operator, edge),
+        operators=Operators(operator, edge),
+        edge=edge,
+    )
 
 
 def _context_policy(settings: Settings) -> ContextPolicy:

@@ -22,6 +22,8 @@ import uvloop
 from server.app import Application, build_application
 from server.policy.refusals import Draining
 from server.settings import Settings
+from server.store.operator_key import OperatorKeyUnavailable, ensure_operator_key
+from server.store.tenants_file import TenantsFileError
 from server.telemetry import logs
 
 if TYPE_CHECKING:
@@ -57,7 +59,11 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
         contextlib.closing(listener),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        process = Process(settings, vllm_args, versions, Path(scratch), json_lines=json_lines)
+        try:
+            process = Process(settings, vllm_args, versions, Path(scratch), json_lines=json_lines)
+        except TenantsFileError as error:
+            _say_why(f"The tenants file cannot be used: {error}")
+            return 1
         code = runner.run(process.run(listener))
         if process.loading_abandoned:  # its thread cannot be interrupted, and leaving the block would wait for it
             shutil.rmtree(scratch)
@@ -82,7 +88,7 @@ class Process:
         self._flags = _all_flags(settings, vllm_args)
         self._scratch = scratch
         self._json_lines = json_lines
-        self._app: Application = build_application(settings, versions)
+        self._app: Application = build_application(settings, versions, operator_key=_operator_key(settings))
         self._stop = asyncio.Event()
         self._stop_at_once = asyncio.Event()
         self.loading_abandoned = False
@@ -91,7 +97,9 @@ class Process:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        self._warn_if_open(listener)
+        loop.add_signal_handler(signal.SIGHUP, self._app.access.reload_declared)
+        self._say_where(listener)
+        watching = asyncio.create_task(self._app.access.watch(self._on_open_or_closed))
         http = _HttpServer(self._http_config())
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         try:
@@ -99,6 +107,8 @@ class Process:
         finally:
             http.should_exit = True
             await serving
+            watching.cancel()
+            await self._app.access.flush()
         return code
 
     def _on_signal(self) -> None:
@@ -182,9 +192,10 @@ class Process:
             ssl_ca_certs=s.ssl_ca_certs,
             ssl_cert_reqs=s.ssl_cert_reqs,
             ssl_ciphers=s.ssl_ciphers,
+            forwarded_allow_ips=list(s.forwarded_allow_ips),
         )
 
-    def _warn_if_open(self, listener: socket.socket) -> None:
+    def _say_where(self, listener: socket.socket) -> None:
         s = self._settings
         if s.uds:
             log.info("listening", socket=s.uds)
@@ -192,12 +203,18 @@ class Process:
         scheme = "https" if s.ssl_certfile else "http"
         host, port = listener.getsockname()[:2]
         log.info("listening", url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1")
-        if s.host not in _LOOPBACK and not s.api_key:
+
+    def _on_open_or_closed(self, is_open: bool) -> None:
+        """Told as soon as it is known whether callers need a key, and whenever that changes."""
+        s = self._settings
+        if is_open and s.uds is None and s.host not in _LOOPBACK:
             log.warning(
-                "ANYONE WHO REACHES THIS ADDRESS CAN USE THE MODEL: no --api-key is set and the server does not "
-                "listen on loopback only",
+                "ANYONE WHO REACHES THIS ADDRESS CAN USE THE MODEL: there is no tenant, no --api-key is set and the "
+                "server does not listen on loopback only",
                 host=s.host,
             )
+        else:
+            log.info("callers need no key" if is_open else "callers need a key")
 
 
 class _HttpServer(uvicorn.Server):
@@ -206,6 +223,17 @@ class _HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+
+def _operator_key(settings: Settings) -> str | None:
+    """The operator's key, made at the first start; without one the operator's routes are closed to everybody."""
+    if settings.operator_key is not None:
+        return settings.operator_key
+    try:
+        return ensure_operator_key(settings.data_path)
+    except OperatorKeyUnavailable as error:
+        log.warning(f"{error} The operator's routes stay closed; give a key with --operator-key.")
+        return None
 
 
 def _all_flags(settings: Settings, vllm_args: Sequence[str]) -> tuple[str, ...]:

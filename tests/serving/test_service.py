@@ -7,7 +7,7 @@ from server.engine.calls import Call, Reply
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.refusals import ClosedField, NotReady, Overloaded, Unsupported
 from server.policy.reservations import Ask, Capacity
-from server.policy.tenants import Tenant
+from server.policy.tenants import ANYONE, Tenant
 from server.policy.terms import Terms
 from server.serving.engine_slot import EngineSlot
 from server.serving.queue import Gate
@@ -209,7 +209,7 @@ async def test_the_model_cards_are_those_of_the_models_operation() -> None:
 
     stack = FakeStack({("GET", "/v1/models"): models})
     listed = new_service(slot_with(stack), OpenRequests())
-    assert await listed.model_cards() == [{"id": "a-model"}]
+    assert await listed.model_cards(ANYONE) == [{"id": "a-model"}]
 
 
 async def test_a_request_is_put_on_the_terms_that_it_and_its_tenant_have() -> None:
