@@ -24,9 +24,11 @@ from server.api.operators import operators_router
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
 from server.api.usage import usage_router
+from server.policy.admission import Admission
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
 from server.policy.ladder import LadderRules, Level
+from server.policy.objectives import Objectives
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
 from server.serving.access import Access, OpenRule
 from server.serving.declared_tenants import DeclaredTenants
@@ -36,9 +38,10 @@ from server.serving.fallback import Fallback, Upstream
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.ladder import LadderSources, LadderWatch, LocalPins
+from server.serving.queue import Gate
 from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
-from server.serving.service import BodyRules, Resilience, Service
+from server.serving.service import BodyRules, Guards, Service
 from server.serving.tenant_desk import TenantDesk
 from server.serving.usage import UsageDesk
 from server.settings import Settings
@@ -47,6 +50,7 @@ from server.store.level import RedisPins
 from server.store.tenants import TenantRecords
 from server.store.usage import UsageBook
 from server.telemetry import metrics
+from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.metrics import Metrics
 from server.telemetry.resilience import ResilienceMetrics
 
@@ -66,6 +70,7 @@ class Application:
     slot: EngineSlot
     requests: OpenRequests
     generation: Generation
+    gate: Gate
     access: Access
     ladder: LadderWatch
     fallback: Fallback
@@ -93,10 +98,11 @@ def build_application(
             chat=settings.default_max_tokens, background_task=settings.background_task_max_tokens
         ),
     )
+    objectives = Objectives(settings.ttft_slo_s or {}, settings.tpot_slo_s or {})
+    gate = Gate(Admission(objectives), AdmissionMetrics(registry))
     witness = ResilienceMetrics(registry)
-    resilience = _resilience(settings, slot, redis, witness)
-    ladder, fallback = resilience.degradation.ladder, resilience.fallback
-    service = Service(slot, requests, rules, fitter, resilience)
+    guards = _guards(settings, slot, gate, redis, witness)
+    service = Service(slot, requests, rules, fitter, guards)
     docs = settings.docs
     api = DocumentedApi(
         title="Tidegate",
@@ -105,14 +111,14 @@ def build_application(
         openapi_url="/openapi.json" if docs else None,
     )
     api.service = service
-    limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s)
+    limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s, settings.slow_reader_timeout_s)
     api.include_router(_status(service, versions, figures))
     doors = _doors(settings, redis, operator_key)
     api.include_router(
         operations_router(service, limits, doors.callers, doors.edge, developer_routes=settings.developer_routes)
     )
     api.include_router(operators_router(doors.desk, doors.operators))
-    api.include_router(level_router(ladder, doors.operators))
+    api.include_router(level_router(guards.degradation.ladder, doors.operators))
     usage = UsageDesk(None if redis is None else UsageBook(redis))
     api.include_router(usage_router(usage, doors.desk, doors.callers, doors.operators))
     api.add_exception_handler(HTTPException, _on_http_exception)
@@ -127,20 +133,20 @@ def build_application(
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation(fitter), doors.access, ladder, fallback, witness)
+    return Application(
+        asgi, slot, requests, Generation(fitter, gate), gate, doors.access, guards.degradation.ladder, guards.fallback,
+        witness,
+    )  # fmt: skip
 
 
-def _resilience(settings: Settings, slot: EngineSlot, redis: Client | None, witness: ResilienceMetrics) -> Resilience:
+def _guards(
+    settings: Settings, slot: EngineSlot, gate: Gate, redis: Client | None, witness: ResilienceMetrics
+) -> Guards:
     fallback = Fallback(_upstreams(settings), witness, random.random)
-    pins = LocalPins() if redis is None else RedisPins(redis)
-    ladder = LadderWatch(_ladder_rules(settings), LadderSources(_no_pressure, slot, bool(fallback)), pins, witness)
+    sources = LadderSources(lambda: gate.pressure, slot, bool(fallback))
+    ladder = LadderWatch(_ladder_rules(settings), sources, LocalPins() if redis is None else RedisPins(redis), witness)
     degradation = Degradation(ladder, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness)
-    return Resilience(Recovery(witness), degradation, fallback, settings.restart_wait_s)
-
-
-def _no_pressure() -> float:
-    """Until something predicts how long a request waits."""
-    return 0.0
+    return Guards(gate, Recovery(witness), degradation, fallback, settings.restart_wait_s)
 
 
 def _ladder_rules(settings: Settings) -> LadderRules:

@@ -24,6 +24,7 @@ from server.engine.supervisor import Supervisor
 from server.policy.refusals import Draining, NotReady
 from server.policy.restarts import RestartRules
 from server.serving.engine_slot import EngineSlot
+from server.serving.seat import Seat
 from server.settings import Settings
 from server.store.operator_key import OperatorKeyUnavailable, ensure_operator_key
 from server.store.tenants_file import TenantsFileError
@@ -149,7 +150,7 @@ class Process:
     def _supervisor(self) -> Supervisor:
         s, app = self._settings, self._app
         rules = RestartRules(s.engine_hang_timeout_s, max_failures=s.engine_max_failed_restarts)
-        return Supervisor(self._build, app.slot, app.requests, app.resilience, rules)
+        return Supervisor(self._build, Seat(app.slot, app.gate), app.requests, app.resilience, rules)
 
     async def _end_without_engine(self, supervising: asyncio.Task[None]) -> None:
         """Too many restarts have failed: whoever waits is told, and the process ends so that a service manager acts."""

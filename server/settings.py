@@ -24,6 +24,7 @@ from pydantic_settings import (
 from pydantic_settings import SettingsError as UnreadableVariable
 
 ENV_PREFIX: Final = "TIDEGATE_"
+INTERACTIVE_CLASSES: Final = ("critical", "default")
 SETTINGS_FILE_ENV: Final = f"{ENV_PREFIX}SETTINGS"
 FALLBACK_API_KEY_ENV: Final = f"{ENV_PREFIX}FALLBACK_API_KEY"
 
@@ -37,7 +38,23 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+def _by_class(value: Any) -> Any:
+    """`5` holds for the classes that people wait for; `critical=2,default=5` names each."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return dict.fromkeys(INTERACTIVE_CLASSES, value)
+    if not isinstance(value, str):
+        return value
+    if "=" not in value:
+        return dict.fromkeys(INTERACTIVE_CLASSES, value.strip())
+    return {name.strip(): seconds.strip() for name, _, seconds in (part.partition("=") for part in value.split(","))}
+
+
 Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Seconds = Annotated[float, Field(gt=0)]
+AnyClass = Literal["critical", "default", "batch"]
+InteractiveClass = Literal["critical", "default"]
+ByClass = Annotated[Mapping[AnyClass, Seconds] | None, NoDecode, BeforeValidator(_by_class)]
+ByInteractiveClass = Annotated[Mapping[InteractiveClass, Seconds] | None, NoDecode, BeforeValidator(_by_class)]
 ClientField = Literal["kv_transfer_params", "cache_salt", "stream_interval", "vllm_xargs", "headers"]
 ClientFields = Annotated[tuple[ClientField, ...], NoDecode, BeforeValidator(_split)]
 
@@ -109,6 +126,25 @@ class Requests(BaseModel):
         True, description="Make the frames of plain text streams without vLLM's objects; the same bytes, less CPU."
     )
     keep_alive_s: float = Field(10, gt=0, description="Seconds a stream may wait before a comment keeps it alive.")
+
+
+class Overload(BaseModel):
+    """Overload"""
+
+    ttft_slo_s: ByClass = Field(
+        None, description="Seconds to the first token, waiting included: one number, or critical=2,default=5,batch=600. "
+        "Unset: 5 times the unloaded figure, at least 5.",
+        json_schema_extra={"flag": "--ttft-slo"},
+    )  # fmt: skip
+    tpot_slo_s: ByInteractiveClass = Field(
+        None, description="Seconds per token of a running stream; the strictest class counts. Unset: twice the "
+        "unloaded figure, at least 0.05.",
+        json_schema_extra={"flag": "--tpot-slo"},
+    )  # fmt: skip
+    slow_reader_timeout_s: float = Field(
+        30, gt=0, description="Seconds that a client may leave a part of its answer unread before the answer is ended.",
+        json_schema_extra={"flag": "--slow-reader-timeout"},
+    )  # fmt: skip
 
 
 class ContextOverride(BaseModel):
@@ -244,7 +280,7 @@ class Logs(BaseModel):
     )
 
 
-class Settings(Listen, Access, Requests, Context, Store, Resilience, Degradation, Logs, BaseSettings):
+class Settings(Listen, Access, Requests, Overload, Context, Store, Resilience, Degradation, Logs, BaseSettings):
     """The whole tree, frozen. Only the composition (`server/app.py`) sees it; rooms get their own small parts."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
@@ -292,7 +328,17 @@ class Settings(Listen, Access, Requests, Context, Store, Resilience, Degradation
         return tuple(flag for name, value in self.vllm.items() for flag in _as_flags(name, value))
 
 
-SECTIONS: Final[tuple[type[BaseModel], ...]] = (Listen, Access, Requests, Context, Store, Resilience, Degradation, Logs)
+SECTIONS: Final[tuple[type[BaseModel], ...]] = (
+    Listen,
+    Access,
+    Requests,
+    Overload,
+    Context,
+    Store,
+    Resilience,
+    Degradation,
+    Logs,
+)
 
 
 def load_settings(flags: Mapping[str, Any], file: Path | None) -> Settings:

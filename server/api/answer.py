@@ -20,6 +20,7 @@ from server.api import errors
 from server.api.body import ClientLeft, parse_json_object, read_body
 from server.api.disconnect import CancelOnDisconnect
 from server.api.errors import Dialect
+from server.api.sending import WatchedSend
 from server.engine.calls import Call, Frame, Reply, StreamReply
 from server.policy.refusals import GenerationFailed, Refusal
 from server.policy.tenants import ANYONE
@@ -35,10 +36,14 @@ _WAITING: Final = b": waiting\n\n"
 
 @dataclass(frozen=True, slots=True)
 class WireLimits:
-    """`keep_alive_s`: how long a stream may wait for its first frame before its head and a comment are sent."""
+    """`keep_alive_s`: how long a stream may wait for its first frame before its head and a comment are sent.
+
+    `slow_reader_timeout_s`: how long a client may leave what it was sent unread before its request is ended.
+    """
 
     max_body_bytes: int
     keep_alive_s: float
+    slow_reader_timeout_s: float
 
 
 class OwnedResponse(Response):
@@ -67,7 +72,11 @@ class OwnedResponse(Response):
         state["open_request"] = opened
         try:
             call = await self._read(receive)
-            async with CancelOnDisconnect(receive) as self._client, self._service.requests.open(opened):
+            async with (
+                CancelOnDisconnect(receive) as self._client,
+                WatchedSend(send, self._limits.slow_reader_timeout_s, self._client.leave) as self._send,
+                self._service.requests.open(opened),
+            ):
                 await self._answer(call, opened)
             opened.client_left = self._client.client_left
         except Refusal as refusal:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 from starlette.datastructures import State
@@ -26,18 +26,22 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from server.engine.arguments import EngineArguments, complete_arguments, parse_arguments, with_usable_parsers
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
+from server.engine.figures import EngineFigures, capacity_of, measure_unloaded
 from server.engine.operations import Operation, OperationKey, collect_operations
 from server.engine.plain_streams import splice_chat, splice_completions
 from server.engine.processes import EngineFamily, pids_of
 from server.engine.seams import SeamedEngine, Seams, open_renderer_seam
 from server.engine.start_failures import StartContext, StartFailure, explain
 from server.engine.steps import StepCounter, step_counter
+from server.policy.objectives import Unloaded
+from server.policy.reservations import Capacity
 from server.policy.restarts import Pulse
 
 log = structlog.get_logger(__name__)
 
 Stage = Callable[[str], None]
 Result = TypeVar("Result")
+_QUEUED_PER_SEQUENCE: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,10 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A running engine and its operations. Everything about one engine's life is in here, nothing outlives it."""
+    """A running engine and its operations. Everything about one engine's life is in here, nothing outlives it.
+
+    `unloaded` is None for models that do not generate.
+    """
 
     engine: SeamedEngine
     family: EngineFamily
@@ -74,6 +81,8 @@ class Stack:
     max_model_len: int
     kv_cache_tokens: int
     uses_tools: bool
+    capacity: Capacity
+    unloaded: Unloaded | None
 
     @property
     def alive(self) -> bool:
@@ -179,7 +188,7 @@ def _build_engine(
         _import_plugins(args)
         arguments = complete_arguments(args)
         stage("loading the model")
-        engine = _start_engine(args)
+        engine = _start_engine(args, seams)
     except Exception as error:
         raise _explained(error, args, request.engine_error_log) from error
     engine.open_seam(seams)
@@ -201,14 +210,17 @@ def _import_plugins(args: Namespace) -> None:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
 
 
-def _start_engine(args: Namespace) -> SeamedEngine:
+def _start_engine(args: Namespace, seams: Seams) -> SeamedEngine:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     propagate_flash_late_interaction(args, engine_args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    scheduling = config.scheduler_config
+    if scheduling.max_num_queued_reqs is None:  # a backstop: our own queue keeps the engine's far shorter
+        scheduling.max_num_queued_reqs = _QUEUED_PER_SEQUENCE * scheduling.max_num_seqs
     engine = SeamedEngine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
-        stat_loggers=[StepCounter],
+        stat_loggers=[StepCounter, EngineFigures(seams.stepped).logger],
         enable_log_requests=engine_args.enable_log_requests,
         aggregate_engine_logging=engine_args.aggregate_engine_logging,
         disable_log_stats=engine_args.disable_log_stats,
@@ -251,6 +263,8 @@ async def _build_on(
         max_model_len=config.model_config.max_model_len,
         kv_cache_tokens=config.cache_config.kv_cache_size_tokens or 0,
         uses_tools=arguments.uses_tools,
+        capacity=capacity_of(config),
+        unloaded=await measure_unloaded(engine) if "generate" in tasks else None,
     )
     _log_window(stack, asked=args.max_model_len)
     enable_envs_cache()  # vLLM reads its environment at every token; its own cache is for the engine's processes only

@@ -7,8 +7,11 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from server.policy.edits import Edits
+from server.policy.forecast import Step
 from server.policy.refusals import Refusal
+from server.policy.terms import DEFAULT_TERMS
 from server.serving.fitting import HistoryFitter
+from server.serving.queue import Gate
 from server.serving.requests import OpenRequest, Running, current_request
 
 if TYPE_CHECKING:
@@ -21,8 +24,21 @@ Output = TypeVar("Output")
 class Generation:
     """What happens at the engine's two seams, for every endpoint alike."""
 
-    def __init__(self, fitter: HistoryFitter) -> None:
+    def __init__(self, fitter: HistoryFitter, gate: Gate) -> None:
         self._fitter = fitter
+        self._gate = gate
+
+    def stepped(self, step: Step) -> None:
+        """The engine made a step."""
+        self._gate.stepped(step)
+
+    def engine_priority(self, asked: int) -> int:
+        """The priority of an engine request among those that the engine queues itself; lower is earlier.
+
+        `asked` is what vLLM read from the request. It can only add to what the request's class has.
+        """
+        request = current_request()
+        return (DEFAULT_TERMS if request is None else request.terms).engine_priority(asked)
 
     async def render(self, conversation: Conversation) -> Rendered:
         """Seam 1: messages become tokens."""
@@ -44,20 +60,32 @@ class Generation:
         request = _request()
         request.prompt_tokens += demand.prompt_tokens
         _note_clamp(demand, request)
-        running = Running(outputs())
-        request.running.add(running)
-        request.exposed = request.exposed or not request.lost_its_engine
         try:
-            async for output in running.generator:
-                request.producing = True
-                yield output
-                running.consumer = asyncio.current_task()
+            async with self._gate.slot(request, demand) as slot:
+                while True:
+                    running, begun = Running(outputs()), False
+                    request.running.add(running)
+                    request.exposed = request.exposed or not request.lost_its_engine
+                    try:
+                        async for output in running.generator:
+                            if not begun:
+                                begun = request.producing = True
+                                slot.produced()
+                            yield output
+                            running.consumer = asyncio.current_task()
+                    except asyncio.CancelledError:
+                        if begun or request.letting_go or not slot.gave_up():
+                            raise
+                    else:
+                        slot.finished = True
+                        return
+                    finally:
+                        await running.close()
+                        request.running.discard(running)
+                    await slot.wait_again()
         except Refusal as refusal:
             request.refusal = refusal
             raise
-        finally:
-            await running.close()
-            request.running.discard(running)
 
 
 def _request() -> OpenRequest:

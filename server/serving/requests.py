@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -19,6 +19,7 @@ from server.policy.degradation import Wish
 from server.policy.edits import NO_EDITS, Edits
 from server.policy.refusals import Draining, Refusal
 from server.policy.tenants import ANYONE, Tenant
+from server.policy.terms import DEFAULT_TERMS, Terms
 
 if TYPE_CHECKING:
     from server.engine.stack import Stack
@@ -34,6 +35,14 @@ class DryRun:
     """Asks seam 1 to fit whatever is rendered for this request, and to leave a report."""
 
     report: FitReport | None = None
+
+
+class Work(Protocol):
+    """Something that goes on for a request and is ended with it."""
+
+    async def release(self) -> None:
+        """End it, told from outside; returns when it has let go."""
+        ...
 
 
 class Running:
@@ -80,7 +89,8 @@ class OpenRequest:
     generates for it: vLLM does not close its generators when a stream is left early, so the request does.
     `detached`: it goes on generating after its answer (background responses), so nothing is closed with it.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
-    `tenant` owns it; `end_user` is whom a trusted tenant sent it for.
+    `tenant` owns it; `end_user` is whom a trusted tenant sent it for. `terms` are how it waits, `arrived_s` since when
+    on the gate's clock.
     `stack` is what it runs on, `exposed` whether it has reached that stack's engine, `woken` that it was told of the
     engine's death by a cancellation, and `deaths` how many engines have died with it inside. `wish` is what the client
     thinks of a degraded answer, and `context_factor` the share of the context budget that its history may fill.
@@ -100,7 +110,9 @@ class OpenRequest:
     asked_max_tokens: int | None = None
     edits: Edits = NO_EDITS
     dry_run: DryRun | None = None
-    running: set[Running] = field(default_factory=set)
+    running: set[Work] = field(default_factory=set)
+    terms: Terms = DEFAULT_TERMS
+    arrived_s: float | None = None
     detached: bool = False
     letting_go: bool = False
     stack: Stack | None = None
@@ -198,7 +210,7 @@ class OpenRequests:
             self._idle.set()
 
     async def _let_go(self, task: asyncio.Task[Any], request: OpenRequest) -> None:
-        closed = await asyncio.gather(*(running.release() for running in request.running), return_exceptions=True)
+        closed = await asyncio.gather(*(work.release() for work in tuple(request.running)), return_exceptions=True)
         self._forget(task)
         for error in closed:
             if error is not None:

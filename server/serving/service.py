@@ -14,6 +14,7 @@ from server.policy.bodies import (
     CLOSED_HEADERS,
     MaxTokensDefaults,
     is_tool_call_forced,
+    least_prompt_tokens,
     refuse_closed_fields,
     with_default_max_tokens,
     with_possible_max_tokens,
@@ -23,10 +24,12 @@ from server.policy.bodies import (
 from server.policy.context import parse_truncation
 from server.policy.refusals import ModelNotFound, Overloaded, Unsupported
 from server.policy.tenants import Tenant
+from server.policy.terms import TIMEOUT_HEADER, terms_of
 from server.serving.degradation import Degradation
 from server.serving.engine_slot import EngineSlot
 from server.serving.fallback import Fallback
 from server.serving.fitting import HistoryFitter, described
+from server.serving.queue import Gate
 from server.serving.recovery import Recovery
 from server.serving.requests import DryRun, OpenRequest, OpenRequests
 
@@ -46,6 +49,12 @@ _COUNT_ROUTE: Final = "/v1/messages/count_tokens"
 _FITTED_ROUTES: Final = frozenset(
     {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/completions", "/tokenize"}
 )
+# Whose work goes through the engine.
+_GATED_ROUTES: Final = frozenset(
+    {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/completions", "/v1/embeddings",
+     "/v2/embed", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"}
+)  # fmt: skip
+_TIMEOUT_HEADER: Final = TIMEOUT_HEADER.encode()
 # What of a chat request decides its prompt.
 _RENDERED_FIELDS: Final = frozenset(
     {"model", "messages", "tools", "truncation", "chat_template", "chat_template_kwargs", "add_generation_prompt",
@@ -65,9 +74,10 @@ class BodyRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Resilience:
-    """What keeps answers coming when the engine cannot. `restart_wait_s`: how long a request waits for a new one."""
+class Guards:
+    """What stands around the engine. `restart_wait_s`: how long a request waits while a dead one is replaced."""
 
+    gate: Gate
     recovery: Recovery
     degradation: Degradation
     fallback: Fallback
@@ -78,21 +88,17 @@ class Service:
     """Answers calls on whichever stack serves now."""
 
     def __init__(
-        self,
-        slot: EngineSlot,
-        requests: OpenRequests,
-        rules: BodyRules,
-        fitter: HistoryFitter,
-        resilience: Resilience,
+        self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules, fitter: HistoryFitter, guards: Guards
     ) -> None:
         self.slot = slot
+        self._gate = guards.gate
         self.requests = requests
-        self.recovery = resilience.recovery
+        self.recovery = guards.recovery
         self._rules = rules
         self._fitter = fitter
-        self._degradation = resilience.degradation
-        self._fallback = resilience.fallback
-        self._restart_wait_s = resilience.restart_wait_s
+        self._degradation = guards.degradation
+        self._fallback = guards.fallback
+        self._restart_wait_s = guards.restart_wait_s
         closed = () if "headers" in rules.opened_fields else CLOSED_HEADERS
         self._closed_headers = frozenset(name.encode() for name in closed)
 
@@ -135,6 +141,8 @@ class Service:
             raise Unsupported(message)
         if call.body is not None:
             _refuse_foreign_models(call.body, stack.model_names[0], request.tenant)
+        if call.route in _GATED_ROUTES and call.body is not None:
+            self._knock(call, call.body, stack, request)
         body = None if call.body is None else self._ruled(call, call.body, stack, request)
         reply = await operation(replace(call, body=body, headers=self._headers(call, request)))
         return _own_models(reply, request.tenant) if call.route == MODELS_ROUTE else reply
@@ -170,6 +178,14 @@ class Service:
         if dry_run.report is None:
             raise Unsupported("This model's histories are not fitted.")
         return Reply(json.dumps(described(dry_run.report)).encode(), "application/json")
+
+    def _knock(self, call: Call, body: dict[str, Any], stack: Stack, request: OpenRequest) -> None:
+        """Settle how the request waits, and refuse it before any work on it if it would wait too long."""
+        timeout = next((value for name, value in call.headers if name == _TIMEOUT_HEADER), None)
+        request.terms = terms_of(
+            body, None if timeout is None else timeout.decode("latin-1"), request.tenant.traffic_class
+        )
+        self._gate.knock(request, least_prompt_tokens(body, stack.max_model_len))
 
     def _ruled(self, call: Call, body: dict[str, Any], stack: Stack, request: OpenRequest) -> dict[str, Any]:
         refuse_closed_fields(body, self._rules.opened_fields)

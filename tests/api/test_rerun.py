@@ -165,7 +165,7 @@ async def test_a_stream_that_waits_for_an_engine_is_kept_alive() -> None:
     operation = StreamingOperation()
     engines = Engines(operation)
     engines.die()
-    limits = WireLimits(max_body_bytes=100, keep_alive_s=0.02)
+    limits = WireLimits(100, keep_alive_s=0.02, slow_reader_timeout_s=60)
     desk, client = Desk(operation, limits=limits, slot=engines.slot), ScriptedClient(body=STREAMED)
     async with nothing_left_over(desk):
         answer = desk.answer(client)

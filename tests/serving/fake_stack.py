@@ -8,19 +8,24 @@ from typing import TYPE_CHECKING, Any, cast
 from prometheus_client import CollectorRegistry
 
 from server.engine.calls import Call, Frame, Reply, StreamReply
+from server.policy.admission import Admission
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
 from server.policy.ladder import LadderRules
+from server.policy.objectives import Objectives
 from server.policy.refusals import InvalidRequest, Refusal
+from server.policy.reservations import Capacity
 from server.serving.degradation import Degradation, DegradationRules
 from server.serving.engine_slot import EngineSlot
 from server.serving.fallback import Fallback, Upstream
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.ladder import LadderSources, LadderWatch, LocalPins, Pins
+from server.serving.queue import Gate
 from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
-from server.serving.service import BodyRules, Resilience, Service
+from server.serving.service import BodyRules, Guards, Service
+from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.metrics import Metrics
 from server.telemetry.resilience import ResilienceMetrics
 
@@ -69,29 +74,40 @@ def new_fitter() -> HistoryFitter:
     return HistoryFitter(ContextPolicy(TruncationPolicy(), None), {}, Metrics(CollectorRegistry()))
 
 
-def new_generation() -> Generation:
-    return Generation(new_fitter())
+def new_gate() -> Gate:
+    """A gate that is open, with far more room than a test needs."""
+    gate = Gate(Admission(Objectives()), AdmissionMetrics(CollectorRegistry()))
+    gate.open(Capacity(kv_tokens=1 << 20, block_tokens=16, max_running=256), None)
+    return gate
 
 
-def new_service(slot: EngineSlot, requests: OpenRequests, rules: BodyRules | None = None) -> Service:
+def new_generation(gate: Gate | None = None) -> Generation:
+    return Generation(new_fitter(), gate or new_gate())
+
+
+def new_service(
+    slot: EngineSlot, requests: OpenRequests, rules: BodyRules | None = None, gate: Gate | None = None
+) -> Service:
     rules = rules or BodyRules(frozenset(), MaxTokensDefaults())
-    return Service(slot, requests, rules, new_fitter(), new_resilience(slot))
+    return Service(slot, requests, rules, new_fitter(), new_guards(slot, gate=gate))
 
 
-def new_resilience(
+def new_guards(
     slot: EngineSlot,
     *,
+    gate: Gate | None = None,
     pins: Pins | None = None,
     upstreams: Sequence[Upstream] = (),
     canned_reply: str | None = None,
     restart_wait_s: float = 5.0,
-) -> Resilience:
-    """Recovery, ladder and fallback without pressure, with whatever pin and upstreams a test gives."""
+) -> Guards:
+    """Gate, recovery, ladder and fallback without pressure, with whatever pin and upstreams a test gives."""
     metrics = ResilienceMetrics(CollectorRegistry())
     sources = LadderSources(lambda: 0.0, slot, bool(upstreams))
     ladder = LadderWatch(LadderRules(), sources, pins or LocalPins(), metrics)
     degradation = Degradation(ladder, DegradationRules(512, canned_reply), metrics)
-    return Resilience(Recovery(metrics), degradation, Fallback(upstreams, metrics, lambda: 0.5), restart_wait_s)
+    fallback = Fallback(upstreams, metrics, lambda: 0.5)
+    return Guards(gate or new_gate(), Recovery(metrics), degradation, fallback, restart_wait_s)
 
 
 @dataclass(slots=True)

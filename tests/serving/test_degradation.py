@@ -15,7 +15,7 @@ from server.serving.fallback import Upstream
 from server.serving.ladder import LocalPins
 from server.serving.requests import OpenRequest, OpenRequests
 from server.serving.service import BodyRules, Service
-from tests.serving.fake_stack import FakeStack, RecordingOperation, new_fitter, new_resilience, slot_with
+from tests.serving.fake_stack import FakeStack, RecordingOperation, new_fitter, new_guards, slot_with
 from tests.serving.fault_proxy import WHOLE, FaultProxy
 
 pytestmark = pytest.mark.anyio
@@ -33,7 +33,7 @@ class Desk:
         self.stack = FakeStack({("POST", route): self.operation for route in routes})
         self.slot = slot or slot_with(self.stack)
         self._pins = LocalPins()
-        parts = new_resilience(self.slot, pins=self._pins, restart_wait_s=0.01, **resilience)
+        parts = new_guards(self.slot, pins=self._pins, restart_wait_s=0.01, **resilience)
         self.ladder = parts.degradation.ladder
         rules = BodyRules(frozenset(), MaxTokensDefaults())
         self._service = Service(self.slot, OpenRequests(), rules, new_fitter(), parts)

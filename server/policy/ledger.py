@@ -1,0 +1,138 @@
+"""What the engine's running requests hold: KV tokens promised to them, and places."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from server.policy.backlog import Ticket
+from server.policy.reservations import CLASS_SHARES, Capacity
+from server.policy.tenants import TrafficClass
+
+_MAX_EVICTIONS: Final = 3
+
+
+@dataclass(eq=False, slots=True)
+class Held:
+    """A request that was let in. `prompt_tokens` of the `reserved` ones are filled once it has produced.
+
+    `evicted`: it was told to give its place up.
+    """
+
+    ticket: Ticket
+    reserved: int
+    sequences: int
+    prompt_tokens: int
+    admitted_s: float
+    produced: bool = False
+    evicted: bool = False
+
+    @property
+    def unfilled(self) -> int:
+        """KV tokens promised and surely not in use yet."""
+        return self.reserved - (min(self.prompt_tokens, self.reserved) if self.produced else 0)
+
+    @property
+    def evictable(self) -> bool:
+        """Batch work that has streamed nothing loses only time. A few times, so that it ends one day."""
+        batch = self.ticket.traffic_class == "batch"
+        return batch and not self.produced and not self.evicted and self.ticket.returned < _MAX_EVICTIONS
+
+
+class Ledger:
+    """Sums over all that is held; each is exactly 0 when nothing is."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Held] = {}
+        self.reserved = 0
+        self.sequences = 0
+        self.unproduced = 0  # sequences whose request has produced nothing yet
+        self._unfilled = 0
+        self._admitted_s = 0.0
+        self._by_tenant: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def running(self, traffic_class: TrafficClass) -> int:
+        """How many requests of a class run."""
+        return sum(held.ticket.traffic_class == traffic_class for held in self._held.values())
+
+    def runs(self, tenant: str) -> bool:
+        """Whether a tenant has anything running."""
+        return tenant in self._by_tenant
+
+    def admit(self, held: Held) -> None:
+        self._held[held.ticket.number] = held
+        self.reserved += held.reserved
+        self.sequences += held.sequences
+        self.unproduced += held.sequences
+        self._unfilled += held.unfilled
+        self._admitted_s += held.admitted_s
+        tenant = held.ticket.tenant
+        self._by_tenant[tenant] = self._by_tenant.get(tenant, 0) + 1
+
+    def produced(self, held: Held) -> None:
+        """Its first output came: its prompt is in the KV cache."""
+        if held.produced or held.ticket.number not in self._held:
+            return
+        self._unfilled -= held.unfilled
+        held.produced = True
+        self._unfilled += held.unfilled
+        self.unproduced -= held.sequences
+
+    def release(self, held: Held) -> bool:
+        """Give back what it holds. Returns False when that was done before."""
+        if self._held.pop(held.ticket.number, None) is None:
+            return False
+        self.reserved -= held.reserved
+        self.sequences -= held.sequences
+        self._unfilled -= held.unfilled
+        if not held.produced:
+            self.unproduced -= held.sequences
+        tenant = held.ticket.tenant
+        self._by_tenant[tenant] -= 1
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
+        self._admitted_s = self._admitted_s - held.admitted_s if self._held else 0.0
+        return True
+
+    def promised(self, used_tokens: float) -> float:
+        """KV tokens that are spoken for, where `used_tokens` are in use by the engine's own count.
+
+        Both the sum of all reservations and what is in use plus what is still to be filled are upper bounds. The
+        second counts a prompt prefix once that several requests share; the first does not lag a step behind.
+        """
+        return min(self.reserved, used_tokens + self._unfilled)
+
+    def mean_age_s(self, now_s: float) -> float:
+        """How long the requests that run have been running, on average."""
+        return now_s - self._admitted_s / len(self._held) if self._held else 0.0
+
+    def victims(self) -> list[Held]:
+        """What can be given up for a critical request, the least work first."""
+        return sorted(
+            (held for held in self._held.values() if held.evictable), key=lambda held: held.admitted_s, reverse=True
+        )
+
+    def evicted_sequences(self) -> int:
+        """Places that are about to be given back."""
+        return sum(held.sequences for held in self._held.values() if held.evicted)
+
+    def evicted_tokens(self) -> int:
+        """KV tokens that are about to be given back."""
+        return sum(held.reserved for held in self._held.values() if held.evicted)
+
+
+def places(traffic_class: TrafficClass, limit: int, *, first_of_tenant: bool) -> int:
+    """How many of `limit` places may be taken while a request of this class is let in.
+
+    A tenant with nothing running may use the room that its class leaves to higher ones, so that its wait does not
+    depend on how long the others' answers are. Batch work never does.
+    """
+    share = 1.0 if first_of_tenant and traffic_class != "batch" else CLASS_SHARES[traffic_class]
+    return max(1, int(share * limit))
+
+
+def kv_room(traffic_class: TrafficClass, capacity: Capacity, *, first_of_tenant: bool) -> int:
+    """KV tokens that may be promised while a request of this class is let in; as with `places`."""
+    express = first_of_tenant and traffic_class == "default"
+    return capacity.kv_limit("critical" if express else traffic_class)
