@@ -89,12 +89,12 @@ class Supervisor:
             await asyncio.gather(current.close(), asyncio.sleep(_NOTICING_S))
             self._guests.wake_those_on(current)
             current = None
-            await asyncio.to_thread(forget_garbage)
-            current = await self._successor(adapters)
+            # The collection takes up to a second, and the new engine's process many: they need not wait for each other.
+            current, _ = await asyncio.gather(self._successor(adapters), asyncio.to_thread(forget_garbage))
             if current is None:
                 return
             self._seat.fill(current)
-            settle_memory()
+            gc.freeze()
             downtime_s = time.monotonic() - died_at_s
             self._witness.engine_replaced(downtime_s)
             log.info("engine replaced", downtime_s=round(downtime_s, 2), build_s=round(self._build_s, 2))

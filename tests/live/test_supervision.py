@@ -215,7 +215,7 @@ def test_many_deaths_leave_memory_files_and_processes_flat(start_tiny: StartTiny
     server = start_tiny()
     me = psutil.Process(server.process.pid)
     figures: list[tuple[int, int, int, int]] = []
-    for _ in range(4):
+    for _ in range(3):
         answer(server)
         core = engine_core(server)
         core.kill()
