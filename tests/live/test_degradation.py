@@ -1,4 +1,4 @@
-"""The level and the fallback on real servers: set by the command line, seen by clients, and a second Tidegate behind."""
+"""The level and the fallback on real servers: set by the command line, told to clients, with a second Tidegate."""
 
 import subprocess
 import sys
