@@ -11,13 +11,14 @@ if TYPE_CHECKING:  # importing the engine room imports vLLM, which takes seconds
     from server.engine.stack import Stack
 
 _LOADING_RETRY_AFTER_S = 5.0
+_REPLACING = "replacing the engine"
 
 
 class EngineSlot:
     """Holds the stack that serves now, or the stage of its loading."""
 
     def __init__(self) -> None:
-        self.stage = "starting"
+        self._stage = "starting"
         self.default_model = ""  # of the stack that serves or served last
         self._stack: Stack | None = None
         self._has_served = False
@@ -30,6 +31,11 @@ class EngineSlot:
             message = f"The model is not ready yet ({self.stage}). Please try again in a moment."
             raise NotReady(message, retry_after_s=_LOADING_RETRY_AFTER_S)
         return self._stack
+
+    @property
+    def stage(self) -> str:
+        """What the engine does, for a person who asks."""
+        return _REPLACING if self._stack is not None and not self._stack.alive else self._stage
 
     @property
     def ready(self) -> bool:
@@ -52,14 +58,14 @@ class EngineSlot:
 
     def enter(self, stage: str) -> None:
         """Tell how far loading has come."""
-        self.stage = stage
+        self._stage = stage
 
     def fill(self, stack: Stack) -> None:
-        self._stack, self.stage, self._has_served = stack, "ready", True
+        self._stack, self._stage, self._has_served = stack, "ready", True
         self.default_model = stack.model_names[0]
         self._filled.set()
 
     def empty(self, stage: str) -> Stack | None:
         """Take the stack out; requests that still run on it keep it."""
-        stack, self._stack, self.stage = self._stack, None, stage
+        stack, self._stack, self._stage = self._stack, None, stage
         return stack
