@@ -154,8 +154,7 @@ class Process:
 
     async def _end_without_engine(self, supervising: asyncio.Task[None]) -> None:
         """Too many restarts have failed: whoever waits is told, and the process ends so that a service manager acts."""
-        supervising.result()
-        log.error("The engine could not be replaced. The log lines above say why.")
+        log.error("The engine could not be replaced. The log lines above say why.", exc_info=supervising.exception())
         await self._app.requests.drain(0)
         await self._app.requests.end_all(NotReady("The model could not be started again. Please try again later."))
 

@@ -102,6 +102,11 @@ class LadderWatch:
         return self._sources.has_fallback
 
     @property
+    def chosen_by_hand(self) -> bool:
+        """Whether a pin holds."""
+        return self._pin is not None
+
+    @property
     def chosen(self) -> Level:
         """The level by pin or pressure, whatever the engine does."""
         return effective(self._ladder, self._pin)

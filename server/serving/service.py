@@ -163,7 +163,7 @@ class Service:
                 return None
             return await self._fallback.canary(call, request)
         reply = await self._fallback.answer(call, request)
-        if reply is None and not self.slot.down:
+        if reply is None and self._degradation.ladder.chosen_by_hand and not self.slot.down:
             raise Overloaded(
                 "The server is short of capacity, and no fallback answers. Please try again later.",
                 retry_after_s=_FALLBACK_RETRY_AFTER_S,

@@ -100,11 +100,13 @@ def new_guards(
     upstreams: Sequence[Upstream] = (),
     canned_reply: str | None = None,
     restart_wait_s: float = 5.0,
+    pressure: Callable[[], float] = lambda: 0.0,
+    rules: LadderRules | None = None,
 ) -> Guards:
-    """Gate, recovery, ladder and fallback without pressure, with whatever pin and upstreams a test gives."""
+    """Gate, recovery, ladder and fallback, with whatever pin, pressure and upstreams a test gives."""
     metrics = ResilienceMetrics(CollectorRegistry())
-    sources = LadderSources(lambda: 0.0, slot, bool(upstreams))
-    ladder = LadderWatch(LadderRules(), sources, pins or LocalPins(), metrics)
+    sources = LadderSources(pressure, slot, bool(upstreams))
+    ladder = LadderWatch(rules or LadderRules(), sources, pins or LocalPins(), metrics)
     degradation = Degradation(ladder, DegradationRules(512, canned_reply), metrics)
     fallback = Fallback(upstreams, metrics, lambda: 0.5)
     return Guards(gate or new_gate(), Recovery(metrics), degradation, fallback, restart_wait_s)

@@ -7,7 +7,7 @@ import pytest
 
 from server.engine.calls import Call, Reply, StreamReply
 from server.policy.bodies import MaxTokensDefaults
-from server.policy.ladder import Level, Pin
+from server.policy.ladder import LadderRules, Level, Pin
 from server.policy.refusals import Closed, NotDegraded, Overloaded
 from server.policy.tenants import Tenant
 from server.serving.engine_slot import EngineSlot
@@ -164,10 +164,19 @@ async def test_at_level_four_a_client_that_wants_no_degraded_answer_is_refused()
         await desk.ask({"messages": [], "max_tokens": 9}, wish="none")
 
 
-async def test_at_level_four_with_no_upstream_left_the_server_is_overloaded() -> None:
+async def test_at_a_pinned_level_four_with_no_upstream_left_the_server_is_overloaded() -> None:
     desk = await Desk(upstreams=[Upstream("other", "http://127.0.0.1:9/v1")]).at(Level.FALLBACK)
     with pytest.raises(Overloaded):
         await desk.ask({"messages": [], "max_tokens": 9})
+
+
+async def test_under_pressure_with_no_upstream_left_the_engine_takes_what_it_can() -> None:
+    upstreams = [Upstream("other", "http://127.0.0.1:9/v1")]
+    desk = Desk(upstreams=upstreams, pressure=lambda: 9.0, rules=LadderRules(Level.FALLBACK, up_after_s=0, dwell_s=0))
+    while desk.ladder.level < Level.FALLBACK:
+        await desk.ladder.look()
+    await desk.ask({"messages": [], "max_tokens": 9})
+    assert len(desk.operation.calls) == 1
 
 
 async def test_while_the_engine_is_down_the_fallback_answers() -> None:
