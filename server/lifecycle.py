@@ -192,6 +192,7 @@ class Process:
         """Finish what runs; what is still running at the deadline, or at a second signal, ends with an error."""
         timeout_s = self._settings.drain_timeout_s
         requests = self._app.requests
+        await self._lame_duck()
         log.info("draining", open_requests=len(requests), timeout_s=timeout_s)
         draining = asyncio.create_task(requests.drain(timeout_s))
         await _first(self._stop_at_once.wait(), draining)
@@ -199,6 +200,13 @@ class Process:
         if len(requests):
             log.warning("ending open requests", open_requests=len(requests))
             await requests.end_all(Draining("The server is stopping and could not finish this answer."))
+
+    async def _lame_duck(self) -> None:
+        """Say that the server is leaving before it refuses anything: a balancer needs a moment to see it."""
+        self._app.requests.announce_leaving()
+        if (delay_s := self._settings.drain_delay_s) > 0:
+            log.info("leaving: not ready any more, and taking requests for a moment", delay_s=delay_s)
+            await _first(self._stop_at_once.wait(), asyncio.sleep(delay_s))
 
     def _http_config(self) -> uvicorn.Config:
         s = self._settings

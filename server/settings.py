@@ -79,6 +79,10 @@ class Listen(BaseModel):
         30, ge=0, description="Seconds that running requests may take to finish on SIGTERM.",
         json_schema_extra={"flag": "--drain-timeout"},
     )  # fmt: skip
+    drain_delay_s: float = Field(
+        0, ge=0, description="Seconds between not ready and the first refusal on SIGTERM, for a balancer to notice.",
+        json_schema_extra={"flag": "--drain-delay"},
+    )  # fmt: skip
 
 
 class Access(BaseModel):

@@ -168,6 +168,7 @@ class OpenRequests:
     def __init__(self) -> None:
         self._open: dict[asyncio.Task[Any], OpenRequest] = {}
         self._draining = False
+        self.leaving = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -177,6 +178,10 @@ class OpenRequests:
     @property
     def draining(self) -> bool:
         return self._draining
+
+    def announce_leaving(self) -> None:
+        """Let readiness say that the server is about to stop, while requests are still taken."""
+        self.leaving = True
 
     @asynccontextmanager
     async def open(self, request: OpenRequest) -> AsyncIterator[OpenRequest]:
@@ -218,7 +223,7 @@ class OpenRequests:
 
     async def drain(self, timeout_s: float) -> int:
         """Take no new request and wait for the open ones. Returns how many are still open after `timeout_s`."""
-        self._draining = True
+        self._draining = self.leaving = True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()

@@ -105,12 +105,12 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a new request would be served."""
-        return self.slot.ready and not self.requests.draining
+        return self.slot.ready and not self.requests.leaving
 
     @property
     def stage(self) -> str:
         """What the server is doing, for a person who asks."""
-        return "draining" if self.requests.draining else self.slot.stage
+        return "draining" if self.requests.leaving else self.slot.stage
 
     async def model_cards(self, tenant: Tenant) -> list[dict[str, Any]]:
         """The served models and adapters as `/v1/models` lists them to a tenant."""
