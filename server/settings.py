@@ -294,7 +294,7 @@ class Settings(Listen, Access, Requests, Overload, Context, Store, Resilience, D
         default_factory=dict, description="Context settings by served name, as tables [context_models.NAME]."
     )
     fallback: tuple[FallbackUpstream, ...] = Field(
-        (), description="Servers to fall back on in their order, as tables [[fallback]]."
+        default_factory=tuple, description="Servers to fall back on in their order, as tables [[fallback]]."
     )
     vllm: dict[str, Any] = Field(default_factory=dict, description="vLLM flags in the settings file's [vllm] table.")
 
@@ -419,8 +419,13 @@ def _refuse_unknown(names: Iterable[str], kind: str, spelled: Callable[[str], st
 
 def _sentence(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    field = str(problem["loc"][0])
-    return f"Wrong value for {flag_name(field)}: {problem['msg']} (given: {problem['input']!r})."
+    field, *inside = problem["loc"]
+    in_a_table = any(isinstance(part, str) for part in inside)
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
+    name = f"{field}{path}" if in_a_table else flag_name(str(field))
+    # What stands in a field that does not exist may be a secret.
+    given = "" if problem["type"] == "extra_forbidden" else f" (given: {problem['input']!r})"
+    return f"Wrong value for {name}: {problem['msg']}{given}."
 
 
 def _as_flags(name: str, value: Any) -> list[str]:
