@@ -108,8 +108,7 @@ def answer(server: RunningServer) -> dict[str, Any]:
 
 
 def nothing_left_of(family: list[psutil.Process], shared_memory: set[str]) -> None:
-    _, alive = psutil.wait_procs([member for member in family if "python" not in member.name()], timeout=10)
-    assert alive == []
+    assert psutil.wait_procs(family, timeout=10)[1] == []
     mapped = {path.name for path in SHARED_MEMORY.iterdir()}
     assert not mapped & shared_memory
 
@@ -174,13 +173,15 @@ def test_a_hung_engine_is_ended_and_replaced(start_tiny: StartTiny) -> None:
     assert 3 <= time.monotonic() - stopped_at_s < 10
     assert caller.join().status == 200
     assert server.metric("tidegate_engine_restarts_total") == 1
-    assert '"reason": "hung"' in server.log or "makes no step" in server.log
+    assert "makes no step" in server.log
 
 
 def test_a_killed_worker_takes_the_engine_with_it_and_nothing_stays_behind(start_tiny: StartTiny) -> None:
     server = start_tiny("--tensor-parallel-size", "2")
-    core, family = engine_core(server), server.children()
-    shared_memory = shared_memory_of([member for member in family if "VLLM" in member.name()])
+    core = engine_core(server)
+    family = [core, *core.children(recursive=True)]
+    shared_memory = shared_memory_of(family)
+    assert len(family) >= 3
     assert shared_memory
     caller = Caller(server, stream=True, max_tokens=1900)
     assert caller.first_line.wait(60)
@@ -190,7 +191,7 @@ def test_a_killed_worker_takes_the_engine_with_it_and_nothing_stays_behind(start
     caller.join()
     assert caller.ended_at_s - killed_at_s < 1
     wait_until_replaced(server, core)
-    nothing_left_of([member for member in family if member.pid in {core.pid, worker.pid}], shared_memory)
+    nothing_left_of(family, shared_memory)
     answer(server)
 
 
