@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import uvicorn
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from server.app import Application, build_application
@@ -55,7 +56,7 @@ def _served(application: Application, redis: Client | None) -> Iterator[str]:
             await redis.aclose()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=asyncio.run, args=(serve(listener),))
+        thread = threading.Thread(target=uvloop.run, args=(serve(listener),))
         thread.start()
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
