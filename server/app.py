@@ -26,6 +26,7 @@ from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
 from server.serving.access import Access, OpenRule
+from server.serving.charging import Charging, Pricing
 from server.serving.declared_tenants import DeclaredTenants
 from server.serving.engine_slot import EngineSlot
 from server.serving.fitting import ContextPolicy, HistoryFitter
@@ -35,9 +36,8 @@ from server.serving.service import BodyRules, Service
 from server.serving.tenant_desk import TenantDesk
 from server.serving.usage import UsageDesk
 from server.settings import Settings
-from server.store.connection import Client
+from server.store.home import Store
 from server.store.tenants import TenantRecords
-from server.store.usage import UsageBook
 from server.telemetry import metrics
 from server.telemetry.metrics import Metrics
 
@@ -57,6 +57,7 @@ class Application:
     slot: EngineSlot
     requests: OpenRequests
     generation: Generation
+    store: Store
     access: Access
 
 
@@ -64,16 +65,15 @@ def build_application(
     settings: Settings,
     versions: Mapping[str, str],
     registry: CollectorRegistry = REGISTRY,
-    *,
-    redis: Client | None = None,
     operator_key: str | None = None,
 ) -> Application:
     """Everything but the engine, which is loaded while this already answers.
 
-    Without `redis` there are no tenants but those of the tenants file; without a key nobody is the operator. Raises
-    `TenantsFileError`.
+    Without an operator key nobody is the operator. Raises `BadRedisUrl` and `TenantsFileError`.
     """
     slot, requests, figures = EngineSlot(), OpenRequests(), Metrics(registry)
+    store = Store(settings.redis_url, settings.data_path, settings.redis_timeout_s)
+    charging = Charging(store.limiter, store.replica, _pricing(settings), figures)
     fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
     rules = BodyRules(
         opened_fields=frozenset(settings.allow_client_field),
@@ -81,7 +81,7 @@ def build_application(
             chat=settings.default_max_tokens, background_task=settings.background_task_max_tokens
         ),
     )
-    service = Service(slot, requests, rules, fitter)
+    service = Service(slot, requests, rules, fitter, charging)
     docs = settings.docs
     api = DocumentedApi(
         title="Tidegate",
@@ -92,13 +92,12 @@ def build_application(
     api.service = service
     limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s)
     api.include_router(_status(service, versions, figures))
-    doors = _doors(settings, redis, operator_key)
+    doors = _doors(settings, store, operator_key)
     api.include_router(
         operations_router(service, limits, doors.callers, doors.edge, developer_routes=settings.developer_routes)
     )
     api.include_router(operators_router(doors.desk, doors.operators))
-    usage = UsageDesk(None if redis is None else UsageBook(redis))
-    api.include_router(usage_router(usage, doors.desk, doors.callers, doors.operators))
+    api.include_router(usage_router(UsageDesk(store.usage), doors.desk, doors.callers, doors.operators))
     api.add_exception_handler(HTTPException, _on_http_exception)
     api.add_exception_handler(Refusal, _on_refusal)
     api.add_exception_handler(Exception, _on_error)
@@ -111,7 +110,11 @@ def build_application(
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation(fitter), doors.access)
+    return Application(asgi, slot, requests, Generation(fitter, charging), store, doors.access)
+
+
+def _pricing(settings: Settings) -> Pricing:
+    return Pricing(settings.cached_token_price, settings.limit_reserve_tokens or None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +128,10 @@ class _Doors:
     edge: Edge
 
 
-def _doors(settings: Settings, redis: Client | None, operator_key: str | None) -> _Doors:
+def _doors(settings: Settings, store: Store, operator_key: str | None) -> _Doors:
     declared = DeclaredTenants(settings.tenants_file)
-    records = None if redis is None else TenantRecords(redis)
-    access = Access(OpenRule(settings.api_key, settings.require_key), declared, records, time.time)
+    rule = OpenRule(settings.api_key, settings.require_key, store.surely_empty)
+    access = Access(rule, declared, TenantRecords(store.client), time.time)
     operator = OperatorKey(settings.operator_key or operator_key)
     edge = Edge(
         EdgeLimits(
@@ -139,7 +142,7 @@ def _doors(settings: Settings, redis: Client | None, operator_key: str | None) -
     )
     return _Doors(
         access=access,
-        desk=TenantDesk(records, declared, access, time.time),
+        desk=TenantDesk(TenantRecords(store.patient_client), declared, access, time.time),
         callers=Callers(access, operator, edge),
         operators=Operators(operator, edge),
         edge=edge,

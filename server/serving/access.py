@@ -58,10 +58,10 @@ class _Known:
 
 
 class Access:
-    """Knows the keys. Without `records` there are only the declared tenants and the fixed keys."""
+    """Knows the keys: those in Redis, those of the declared tenants and the fixed ones."""
 
     def __init__(
-        self, rule: OpenRule, declared: DeclaredTenants, records: TenantRecords | None, clock: Callable[[], float]
+        self, rule: OpenRule, declared: DeclaredTenants, records: TenantRecords, clock: Callable[[], float]
     ) -> None:
         self._fixed = tuple(digest(key) for key in rule.fixed_keys)
         self._rule = rule
@@ -86,7 +86,7 @@ class Access:
 
     @property
     def _surely_empty(self) -> bool:
-        return self._records is None or (self._state is None and self._rule.never_stored())
+        return self._state is None and self._rule.never_stored()
 
     async def caller(self, key: str) -> Tenant:
         """The tenant behind a key, or `ANYONE`. Raises `InvalidApiKey` and `StoreUnavailable`.
@@ -112,8 +112,6 @@ class Access:
 
     async def refresh(self) -> None:
         """Learn from Redis whether anything has changed."""
-        if self._records is None:
-            return
         try:
             seen = await self._records.state()
         except RedisUnavailable as error:
@@ -154,7 +152,7 @@ class Access:
 
     async def flush(self) -> None:
         """Write when keys were used; what Redis does not take now is kept for the next time."""
-        if self._records is None or not self._used:
+        if not self._used:
             return
         used, self._used = self._used, {}
         try:
@@ -184,10 +182,10 @@ class Access:
 
     async def _lookup(self, key_digest: str, *, ours: bool) -> _Known | None:
         known, version = self._known.get(key_digest), self._version
-        if self._records is None or (known is not None and known.version == version):
+        if known is not None and known.version == version:
             return known
         try:
-            found = await self._read(key_digest, version, self._records)
+            found = await self._read(key_digest, version)
         except RedisUnavailable as error:
             if known is None and ours:
                 raise StoreUnavailable(_UNAVAILABLE, retry_after_s=_RETRY_AFTER_S) from error
@@ -200,15 +198,15 @@ class Access:
         self._known[key_digest] = found
         return found
 
-    async def _read(self, key_digest: str, version: tuple[str | None, int], records: TenantRecords) -> _Known | None:
+    async def _read(self, key_digest: str, version: tuple[str | None, int]) -> _Known | None:
         """Raises `RedisUnavailable`, also for a Redis that did not answer just now or has lost everything."""
         if self._surely_empty:
             return None
         if not self._worth_asking():
             raise RedisUnavailable("it did not answer just now")
         try:
-            key = await records.find_key(key_digest)
-            tenant = None if key is None else await self._tenant(key.tenant, records)
+            key = await self._records.find_key(key_digest)
+            tenant = None if key is None else await self._tenant(key.tenant)
         except RedisUnavailable as error:
             self._note_failure(error)
             raise
@@ -216,9 +214,9 @@ class Access:
             raise RedisUnavailable("it has lost all keys")
         return None if key is None or tenant is None else _Known(key, tenant, version)
 
-    async def _tenant(self, name: str, records: TenantRecords) -> Tenant | None:
+    async def _tenant(self, name: str) -> Tenant | None:
         """The file's word counts more than that of Redis."""
         if (declared := self._declared.tenants.get(name)) is not None:
             return declared
-        stored = await records.find(name)
+        stored = await self._records.find(name)
         return None if stored is None else stored.tenant

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,13 +48,15 @@ class Replica:
     """One process's view of the keys in a Redis."""
 
     def __init__(self, redis: Redis | None, rule: OpenRule | None = None, file: Path | None = None) -> None:
+        rule = rule or OpenRule()
+        if redis is None:
+            redis, rule = cast(Redis, connect("unix:///nowhere")), replace(rule, never_stored=lambda: True)
         self.clock = Clock()
-        declared = DeclaredTenants(file)
-        self.line = None if redis is None else Line(redis)
-        records = None if redis is None else TenantRecords(cast(Redis, self.line))
-        self.declared = declared
-        self.access = Access(rule or OpenRule(), declared, records, self.clock)
-        self.desk = TenantDesk(records, declared, self.access, self.clock)
+        self.line = Line(redis)
+        self.declared = DeclaredTenants(file)
+        records = TenantRecords(cast(Redis, self.line))
+        self.access = Access(rule, self.declared, records, self.clock)
+        self.desk = TenantDesk(records, self.declared, self.access, self.clock)
 
     async def new_tenant(self, name: str, expires_in_s: float | None = None) -> str:
         """A tenant's key."""
@@ -70,7 +73,6 @@ class Replica:
 @contextmanager
 def cut_off(replica: Replica, nowhere: Redis) -> Iterator[None]:
     """Inside it, the replica's Redis does not answer."""
-    assert replica.line is not None
     connected, replica.line.redis = replica.line.redis, nowhere
     try:
         yield
