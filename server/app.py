@@ -1,5 +1,6 @@
 """The composition: builds every room's parts from the settings and puts them together."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -13,22 +14,30 @@ from starlette.types import ASGIApp
 
 from server.api import errors
 from server.api.answer import WireLimits
-from server.api.auth import ApiKeys
+from server.api.auth import Callers, OperatorKey, Operators
+from server.api.edge import Edge, EdgeLimits
 from server.api.errors import Dialect
 from server.api.middleware import Exchange
+from server.api.operators import operators_router
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
+from server.api.usage import usage_router
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
+from server.serving.access import Access, OpenRule
 from server.serving.charging import Charging, Pricing
+from server.serving.declared_tenants import DeclaredTenants
 from server.serving.engine_slot import EngineSlot
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Service
+from server.serving.tenant_desk import TenantDesk
+from server.serving.usage import UsageDesk
 from server.settings import Settings
 from server.store.home import Store
+from server.store.tenants import TenantRecords
 from server.telemetry import metrics
 from server.telemetry.metrics import Metrics
 
@@ -49,14 +58,21 @@ class Application:
     requests: OpenRequests
     generation: Generation
     store: Store
+    access: Access
 
 
 def build_application(
-    settings: Settings, versions: Mapping[str, str], registry: CollectorRegistry = REGISTRY
+    settings: Settings,
+    versions: Mapping[str, str],
+    registry: CollectorRegistry = REGISTRY,
+    operator_key: str | None = None,
 ) -> Application:
-    """Everything but the engine, which is loaded while this already answers. Raises `BadRedisUrl`."""
+    """Everything but the engine, which is loaded while this already answers.
+
+    Without an operator key nobody is the operator. Raises `BadRedisUrl` and `TenantsFileError`.
+    """
     slot, requests, figures = EngineSlot(), OpenRequests(), Metrics(registry)
-    store = Store(settings.redis_url, settings.data_path)
+    store = Store(settings.redis_url, settings.data_path, settings.redis_timeout_s)
     charging = Charging(store.limiter, store.replica, _pricing(settings), figures)
     fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
     rules = BodyRules(
@@ -75,9 +91,13 @@ def build_application(
     )
     api.service = service
     limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s)
-    authenticate = ApiKeys(settings.api_key)
     api.include_router(_status(service, versions, figures))
-    api.include_router(operations_router(service, limits, authenticate, developer_routes=settings.developer_routes))
+    doors = _doors(settings, store, operator_key)
+    api.include_router(
+        operations_router(service, limits, doors.callers, doors.edge, developer_routes=settings.developer_routes)
+    )
+    api.include_router(operators_router(doors.desk, doors.operators))
+    api.include_router(usage_router(UsageDesk(store.usage), doors.desk, doors.callers, doors.operators))
     api.add_exception_handler(HTTPException, _on_http_exception)
     api.add_exception_handler(Refusal, _on_refusal)
     api.add_exception_handler(Exception, _on_error)
@@ -90,11 +110,43 @@ def build_application(
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation(fitter, charging), store)
+    return Application(asgi, slot, requests, Generation(fitter, charging), store, doors.access)
 
 
 def _pricing(settings: Settings) -> Pricing:
     return Pricing(settings.cached_token_price, settings.limit_reserve_tokens or None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Doors:
+    """Who may come in, as what, and how often they may try."""
+
+    access: Access
+    desk: TenantDesk
+    callers: Callers
+    operators: Operators
+    edge: Edge
+
+
+def _doors(settings: Settings, store: Store, operator_key: str | None) -> _Doors:
+    declared = DeclaredTenants(settings.tenants_file)
+    rule = OpenRule(settings.api_key, settings.require_key, store.surely_empty)
+    access = Access(rule, declared, TenantRecords(store.client), time.time)
+    operator = OperatorKey(settings.operator_key or operator_key)
+    edge = Edge(
+        EdgeLimits(
+            failed_logins=settings.failed_logins_per_minute,
+            model_lists=settings.model_lists_per_minute,
+            operator_requests=settings.operator_requests_per_minute,
+        )
+    )
+    return _Doors(
+        access=access,
+        desk=TenantDesk(TenantRecords(store.patient_client), declared, access, time.time),
+        callers=Callers(access, operator, edge),
+        operators=Operators(operator, edge),
+        edge=edge,
+    )
 
 
 def _context_policy(settings: Settings) -> ContextPolicy:

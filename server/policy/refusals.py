@@ -42,12 +42,24 @@ class InvalidApiKey(Refusal):
     """No key, or one that is not known."""
 
 
+class OperatorsOnly(Refusal):
+    """The key is good, but what it asks for is the operator's."""
+
+
+class StoreUnavailable(Refusal):
+    """Redis does not answer, and what is asked stands nowhere else: whether a key is good, say."""
+
+
 class ModelNotFound(Refusal):
     """The named model is not served here."""
 
 
 class NotFound(Refusal):
     """No such route, or an object that does not exist."""
+
+
+class Conflict(Refusal):
+    """What the operator asks for does not go with what is there."""
 
 
 class MethodNotAllowed(Refusal):

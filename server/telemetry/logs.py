@@ -56,6 +56,7 @@ def configure(*, json_lines: bool, level: str) -> None:
         logger.setLevel(level.upper())
     for chatty in ("asyncio", "httpcore", "httpx", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("slowapi").setLevel(logging.ERROR)  # the access log has a line for what it refuses
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
