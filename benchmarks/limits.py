@@ -157,12 +157,17 @@ async def _admitted(embedded: EmbeddedRedis, replicas: int, duration_s: float) -
             for n in range(replicas)
         ]
         results = await asyncio.to_thread(_run, offers)
-    span_us = max(r["last_us"] for r in results) - min(r["first_us"] for r in results)
-    allowed = _TOKENS_PER_MINUTE * (1 + span_us / 60e6)
+    span_s = max(r["last_s"] for r in results) - min(r["first_s"] for r in results)
+    allowed = _TOKENS_PER_MINUTE * (1 + span_s / 60)
     share = sum(r["admitted_tokens"] for r in results) / allowed
     name = f"let in by {replicas} {'replica' if replicas == 1 else 'replicas'} at {_OVERLOAD} times the limit"
-    p99 = max(r["p99_ms"] for r in results)
-    return Figure(name, f"{share:.2%} (p99 {p99:.2f} ms)", "97 % to 100 % of rate·t + burst", 0.97 <= share <= 1)
+    p99, local = max(r["p99_ms"] for r in results), sum(r["local"] for r in results)
+    return Figure(
+        name,
+        f"{share:.2%} ({local:.0f} without Redis, p99 {p99:.2f} ms)",
+        "97 % to 100 % of rate·t + burst",
+        0.97 <= share <= 1,
+    )
 
 
 def _run(offers: list[Offer]) -> list[dict[str, float]]:
