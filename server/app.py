@@ -31,13 +31,14 @@ from server.policy.ladder import LadderRules, Level
 from server.policy.objectives import Objectives
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
 from server.serving.access import Access, OpenRule
+from server.serving.charging import Charging, Pricing
 from server.serving.declared_tenants import DeclaredTenants
 from server.serving.degradation import Degradation, DegradationRules
 from server.serving.engine_slot import EngineSlot
 from server.serving.fallback import Fallback, Upstream
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
-from server.serving.ladder import LadderSources, LadderWatch, LocalPins
+from server.serving.ladder import LadderSources, LadderWatch
 from server.serving.queue import Gate
 from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
@@ -45,10 +46,9 @@ from server.serving.service import BodyRules, Guards, Service
 from server.serving.tenant_desk import TenantDesk
 from server.serving.usage import UsageDesk
 from server.settings import Settings
-from server.store.connection import Client
+from server.store.home import Store
 from server.store.level import RedisPins
 from server.store.tenants import TenantRecords
-from server.store.usage import UsageBook
 from server.telemetry import metrics
 from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.metrics import Metrics
@@ -71,6 +71,7 @@ class Application:
     requests: OpenRequests
     generation: Generation
     gate: Gate
+    store: Store
     access: Access
     ladder: LadderWatch
     fallback: Fallback
@@ -81,16 +82,15 @@ def build_application(
     settings: Settings,
     versions: Mapping[str, str],
     registry: CollectorRegistry = REGISTRY,
-    *,
-    redis: Client | None = None,
     operator_key: str | None = None,
 ) -> Application:
     """Everything but the engine, which is loaded while this already answers.
 
-    Without `redis` there are no tenants but those of the tenants file; without a key nobody is the operator. Raises
-    `TenantsFileError`.
+    Without an operator key nobody is the operator. Raises `BadRedisUrl` and `TenantsFileError`.
     """
     slot, requests, figures = EngineSlot(), OpenRequests(), Metrics(registry)
+    store = Store(settings.redis_url, settings.data_path, settings.redis_timeout_s)
+    charging = Charging(store.limiter, store.replica, _pricing(settings), figures)
     fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
     rules = BodyRules(
         opened_fields=frozenset(settings.allow_client_field),
@@ -101,7 +101,11 @@ def build_application(
     objectives = Objectives(settings.ttft_slo_s or {}, settings.tpot_slo_s or {})
     gate = Gate(Admission(objectives), AdmissionMetrics(registry))
     witness = ResilienceMetrics(registry)
-    guards = _guards(settings, slot, gate, redis, witness)
+    fallback = Fallback(_upstreams(settings), witness, random.random)
+    sources = LadderSources(lambda: gate.pressure, slot, bool(fallback))
+    ladder = LadderWatch(_ladder_rules(settings), sources, RedisPins(store.patient_client), witness)
+    degradation = Degradation(ladder, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness)
+    guards = Guards(gate, charging, Recovery(witness), degradation, fallback, settings.restart_wait_s)
     service = Service(slot, requests, rules, fitter, guards)
     docs = settings.docs
     api = DocumentedApi(
@@ -113,14 +117,13 @@ def build_application(
     api.service = service
     limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s, settings.slow_reader_timeout_s)
     api.include_router(_status(service, versions, figures))
-    doors = _doors(settings, redis, operator_key)
+    doors = _doors(settings, store, operator_key)
     api.include_router(
         operations_router(service, limits, doors.callers, doors.edge, developer_routes=settings.developer_routes)
     )
     api.include_router(operators_router(doors.desk, doors.operators))
-    api.include_router(level_router(guards.degradation.ladder, doors.operators))
-    usage = UsageDesk(None if redis is None else UsageBook(redis))
-    api.include_router(usage_router(usage, doors.desk, doors.callers, doors.operators))
+    api.include_router(level_router(ladder, doors.operators))
+    api.include_router(usage_router(UsageDesk(store.usage), doors.desk, doors.callers, doors.operators))
     api.add_exception_handler(HTTPException, _on_http_exception)
     api.add_exception_handler(Refusal, on_refusal)
     api.add_exception_handler(Exception, _on_error)
@@ -134,19 +137,9 @@ def build_application(
             allow_credentials=settings.allow_credentials,
         )
     return Application(
-        asgi, slot, requests, Generation(fitter, gate), gate, doors.access, guards.degradation.ladder, guards.fallback,
-        witness,
+        asgi, slot, requests, Generation(fitter, gate, charging), gate, store, doors.access,
+        ladder, fallback, witness,
     )  # fmt: skip
-
-
-def _guards(
-    settings: Settings, slot: EngineSlot, gate: Gate, redis: Client | None, witness: ResilienceMetrics
-) -> Guards:
-    fallback = Fallback(_upstreams(settings), witness, random.random)
-    sources = LadderSources(lambda: gate.pressure, slot, bool(fallback))
-    ladder = LadderWatch(_ladder_rules(settings), sources, LocalPins() if redis is None else RedisPins(redis), witness)
-    degradation = Degradation(ladder, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness)
-    return Guards(gate, Recovery(witness), degradation, fallback, settings.restart_wait_s)
 
 
 def _ladder_rules(settings: Settings) -> LadderRules:
@@ -173,6 +166,10 @@ def _upstreams(settings: Settings) -> list[Upstream]:
     ]
 
 
+def _pricing(settings: Settings) -> Pricing:
+    return Pricing(settings.cached_token_price, settings.limit_reserve_tokens or None)
+
+
 @dataclass(frozen=True, slots=True)
 class _Doors:
     """Who may come in, as what, and how often they may try."""
@@ -184,10 +181,10 @@ class _Doors:
     edge: Edge
 
 
-def _doors(settings: Settings, redis: Client | None, operator_key: str | None) -> _Doors:
+def _doors(settings: Settings, store: Store, operator_key: str | None) -> _Doors:
     declared = DeclaredTenants(settings.tenants_file)
-    records = None if redis is None else TenantRecords(redis)
-    access = Access(OpenRule(settings.api_key, settings.require_key), declared, records, time.time)
+    rule = OpenRule(settings.api_key, settings.require_key, store.surely_empty)
+    access = Access(rule, declared, TenantRecords(store.client), time.time)
     operator = OperatorKey(settings.operator_key or operator_key)
     edge = Edge(
         EdgeLimits(
@@ -198,7 +195,7 @@ def _doors(settings: Settings, redis: Client | None, operator_key: str | None) -
     )
     return _Doors(
         access=access,
-        desk=TenantDesk(records, declared, access, time.time),
+        desk=TenantDesk(TenantRecords(store.patient_client), declared, access, time.time),
         callers=Callers(access, operator, edge),
         operators=Operators(operator, edge),
         edge=edge,

@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +27,7 @@ from server.policy.restarts import RestartRules
 from server.serving.engine_slot import EngineSlot
 from server.serving.seat import Seat
 from server.settings import Settings
+from server.store.connection import BadRedisUrl
 from server.store.operator_key import OperatorKeyUnavailable, ensure_operator_key
 from server.store.tenants_file import TenantsFileError
 from server.telemetry import logs
@@ -41,6 +43,7 @@ _QUIET_RESOURCE_TRACKER: Final = "ignore::UserWarning:multiprocessing.resource_t
 _BACKLOG: Final = 2048
 _OPEN_FILES: Final = 65535
 _REPORT_INTERVAL_S: Final = 10.0
+_REDIS_START_S: Final = 3.0
 _CHILD_EXIT_TIMEOUT_S: Final = 5.0
 _HTTP_STOP_TIMEOUT_S: Final = 5
 _SOCKETS_FOLDER: Final = "VLLM_RPC_BASE_PATH"  # where vLLM puts its engine's sockets
@@ -66,8 +69,8 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
         os.environ.setdefault(_SOCKETS_FOLDER, scratch)
         try:
             process = Process(settings, vllm_args, versions, Path(scratch), json_lines=json_lines)
-        except TenantsFileError as error:
-            _say_why(f"The tenants file cannot be used: {error}")
+        except (BadRedisUrl, TenantsFileError) as error:
+            _say_why(str(error))
             return 1
         code = runner.run(process.run(listener))
         if process.loading_abandoned:  # its thread cannot be interrupted, and leaving the block would wait for it
@@ -104,17 +107,32 @@ class Process:
             loop.add_signal_handler(number, self._on_signal)
         loop.add_signal_handler(signal.SIGHUP, self._app.access.reload_declared)
         self._say_where(listener)
-        watching = asyncio.create_task(self._app.access.watch(self._on_open_or_closed))
         http = _HttpServer(self._http_config())
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         try:
-            code = await self._live()
+            async with self._app.store.running(), self._keys_followed():
+                code = await self._live()
         finally:
             http.should_exit = True
             await serving
-            watching.cancel()
-            await self._app.access.flush()
         return code
+
+    @asynccontextmanager
+    async def _keys_followed(self) -> AsyncIterator[None]:
+        """Inside it, changes of tenants and keys are followed, in Redis and in the tenants file."""
+        watching = asyncio.create_task(self._follow_keys())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.wait({watching})
+            await self._app.access.flush()
+
+    async def _follow_keys(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REDIS_START_S):
+                await self._app.store.wait_until_up()
+        await self._app.access.watch(self._on_open_or_closed)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -124,7 +142,7 @@ class Process:
     async def _live(self) -> int:
         stack = await self._load()
         if stack is None:
-            _end_children()
+            _end_children(self._app.store.server_pid)
             return 0 if self._stop.is_set() else 1
         log.info("ready", models=list(stack.model_names), max_model_len=stack.max_model_len)
         supervisor = self._supervisor()
@@ -144,7 +162,7 @@ class Process:
         if last is not None:
             await last.close()
         await self._app.fallback.close()
-        _end_children()
+        _end_children(self._app.store.server_pid)
         return 1 if gave_up else 0
 
     def _supervisor(self) -> Supervisor:
@@ -343,12 +361,13 @@ async def _first(*waits: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
                 task.cancel()
 
 
-def _end_children() -> None:
-    """End every process that this one started, and theirs.
+def _end_children(spared: int | None) -> None:
+    """End every process that this one started, and theirs, except the one that its owner ends after the last settle.
 
     Python's resource tracker is left: it cleans up shared memory, and ends by itself with this process.
     """
-    children = [child for child in psutil.Process().children(recursive=True) if not _is_resource_tracker(child)]
+    family = psutil.Process().children(recursive=True)
+    children = [child for child in family if child.pid != spared and not _is_resource_tracker(child)]
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.terminate()

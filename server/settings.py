@@ -186,9 +186,20 @@ class Store(BaseModel):
         description="Redis that all replicas share: redis://, rediss://, unix://, redis+sentinel://HOST,HOST/SERVICE, "
         "redis+cluster://HOST,HOST. Unset: an embedded one in the data folder.",
     )
+    redis_timeout_s: float = Field(
+        0.05, gt=0, description="Seconds a request waits for Redis; after that it is served without."
+    )
     data_folder: Path | None = Field(
         None, description="Folder for what the server keeps. Unset: the user's data folder for tidegate."
     )
+    cached_token_price: float = Field(
+        1.0, ge=0, le=1, description="What a prompt token found in the prefix cache counts against token limits."
+    )
+    limit_reserve_tokens: int = Field(
+        1024, ge=0,
+        description="Tokens reserved for an answer whose length the request leaves open; what it uses more is made up "
+        "for afterwards. 0 reserves all it may get.",
+    )  # fmt: skip
 
 
 class Resilience(BaseModel):

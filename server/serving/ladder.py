@@ -119,14 +119,28 @@ class LadderWatch:
         )
 
     async def run(self) -> None:
-        """Watch until cancelled."""
-        while True:
-            await self.look()
-            await asyncio.sleep(_INTERVAL_S)
+        """Watch until cancelled. A store that hangs holds up nothing but the pin."""
+        async with asyncio.TaskGroup() as watching:
+            watching.create_task(self._follow_pin())
+            watching.create_task(self._follow_pressure())
 
     async def look(self) -> None:
         """Take in the pin and the pressure once."""
         await self._read_pin()
+        self._take_in_pressure()
+
+    async def _follow_pin(self) -> None:
+        while True:
+            await self._read_pin()
+            self._tell()
+            await asyncio.sleep(_INTERVAL_S)
+
+    async def _follow_pressure(self) -> None:
+        while True:
+            self._take_in_pressure()
+            await asyncio.sleep(_INTERVAL_S)
+
+    def _take_in_pressure(self) -> None:
         self._ladder = step(self._ladder, self._sources.pressure(), self._clock(), self._rules)
         self._tell()
 

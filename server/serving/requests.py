@@ -45,6 +45,27 @@ class Work(Protocol):
         ...
 
 
+class Unsettled(Protocol):
+    """A charge that is settled when its engine request is over."""
+
+    def settle(self) -> None:
+        """Settle it, unless it is settled."""
+        ...
+
+
+@dataclass(slots=True)
+class Account:
+    """What a client's request has been charged: it counts as one request, however many engine requests it makes.
+
+    `lease` is its place among its tenant's concurrent requests. `open` are the charges not settled yet.
+    """
+
+    counted: bool = False
+    lease: str | None = None
+    in_engine: bool = False
+    open: set[Unsettled] = field(default_factory=set)
+
+
 class Running:
     """A generator of the engine and the task that is inside it, closed once by whoever comes first."""
 
@@ -88,9 +109,10 @@ class OpenRequest:
     `refusal` keeps the class of an error that vLLM's generators would turn into text. `running` holds what the engine
     generates for it: vLLM does not close its generators when a stream is left early, so the request does.
     `detached`: it goes on generating after its answer (background responses), so nothing is closed with it.
+    `model` is the one that the client named, `model_name` the one that answers.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
-    `tenant` owns it; `end_user` is whom a trusted tenant sent it for. `terms` are how it waits, `arrived_s` since when
-    on the gate's clock.
+    `tenant` owns it; `end_user` is whom a trusted tenant sent it for; `account` is what they were charged. `terms` are
+    how it waits, `arrived_s` since when on the gate's clock.
     `stack` is what it runs on, `exposed` whether it has reached that stack's engine, `woken` that it was told of the
     engine's death by a cancellation, and `deaths` how many engines have died with it inside. `wish` is what the client
     thinks of a degraded answer, and `context_factor` the share of the context budget that its history may fill.
@@ -100,12 +122,14 @@ class OpenRequest:
     path: str
     tenant: Tenant = ANYONE
     end_user: str | None = None
+    account: Account = field(default_factory=Account)
     producing: bool = False
     client_left: bool = False
     prompt_tokens: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     refusal: Refusal | None = None
     model: str | None = None
+    model_name: str = ""
     truncation: TruncationPolicy | None = None
     asked_max_tokens: int | None = None
     edits: Edits = NO_EDITS
@@ -140,6 +164,7 @@ class OpenRequest:
         for running in tuple(self.running):
             await running.release()
         self.running.clear()
+        self.settle()
         self.stack, self.exposed, self.producing = None, False, False
         self.prompt_tokens, self.edits, self.refusal = 0, NO_EDITS, None
         self.headers.clear()
@@ -149,6 +174,24 @@ class OpenRequest:
         said = self.headers.get("x-degradation-applied")
         told = [*(said.split(",") if said else ()), *applied]
         self.headers["x-degradation-applied"] = ",".join(dict.fromkeys(told))
+
+    def settle(self) -> None:
+        """Settle what was charged for engine requests that are over."""
+        for charged in tuple(self.account.open):
+            charged.settle()
+
+    def stand_in(self) -> OpenRequest:
+        """A request for what goes on after this one's answer: the same owner and account, and nobody to tell."""
+        return OpenRequest(
+            request_id=self.request_id,
+            path=self.path,
+            tenant=self.tenant,
+            end_user=self.end_user,
+            account=self.account,
+            model=self.model,
+            model_name=self.model_name,
+            asked_max_tokens=self.asked_max_tokens,
+        )
 
     def edited(self, edits: Edits) -> None:
         """Note what was changed in the request, for the answer's head and body. A batch call adds up."""
@@ -210,7 +253,9 @@ class OpenRequests:
                 self._forget(task)
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
-        del self._open[task]
+        request = self._open.pop(task)
+        if not request.detached:
+            request.settle()
         if not self._open:
             self._idle.set()
 

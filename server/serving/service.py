@@ -25,6 +25,7 @@ from server.policy.context import parse_truncation
 from server.policy.refusals import ModelNotFound, Overloaded, Unsupported
 from server.policy.tenants import Tenant
 from server.policy.terms import TIMEOUT_HEADER, terms_of
+from server.serving.charging import Charging
 from server.serving.degradation import Degradation
 from server.serving.engine_slot import EngineSlot
 from server.serving.fallback import Fallback
@@ -46,6 +47,8 @@ MODELS_ROUTE: Final = "/v1/models"
 # Where a request may leave its cap open, and the field that holds it.
 _CAP_FIELDS: Final[Mapping[str, str]] = {CHAT_ROUTE: "max_completion_tokens", RESPONSES_ROUTE: "max_output_tokens"}
 _COUNT_ROUTE: Final = "/v1/messages/count_tokens"
+# These use nothing that a limit counts.
+_FREE_ROUTES: Final = frozenset({"/tokenize", "/detokenize", _COUNT_ROUTE})
 _FITTED_ROUTES: Final = frozenset(
     {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/completions", "/tokenize"}
 )
@@ -78,6 +81,7 @@ class Guards:
     """What stands around the engine. `restart_wait_s`: how long a request waits while a dead one is replaced."""
 
     gate: Gate
+    charging: Charging
     recovery: Recovery
     degradation: Degradation
     fallback: Fallback
@@ -90,6 +94,7 @@ class Service:
     def __init__(
         self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules, fitter: HistoryFitter, guards: Guards
     ) -> None:
+        self._charging = guards.charging
         self.slot = slot
         self._gate = guards.gate
         self.requests = requests
@@ -111,6 +116,11 @@ class Service:
     def stage(self) -> str:
         """What the server is doing, for a person who asks."""
         return "draining" if self.requests.leaving else self.slot.stage
+
+    @property
+    def limits_mode(self) -> str:
+        """Where limits are kept now: `redis` or `local`."""
+        return self._charging.mode
 
     async def model_cards(self, tenant: Tenant) -> list[dict[str, Any]]:
         """The served models and adapters as `/v1/models` lists them to a tenant."""
@@ -144,6 +154,9 @@ class Service:
         if call.route in _GATED_ROUTES and call.body is not None:
             self._knock(call, call.body, stack, request)
         body = None if call.body is None else self._ruled(call, call.body, stack, request)
+        if call.method == "POST" and call.route not in _FREE_ROUTES:
+            request.model_name = request.model or stack.model_names[0]
+            self._charging.check(request)
         reply = await operation(replace(call, body=body, headers=self._headers(call, request)))
         return _own_models(reply, request.tenant) if call.route == MODELS_ROUTE else reply
 
@@ -158,6 +171,7 @@ class Service:
             return None
         refuse_closed_fields(call.body or {}, self._rules.opened_fields)
         _refuse_foreign_models(call.body or {}, self.slot.default_model, request.tenant)
+        self._charging.check(request)
         if not self._degradation.goes_to_fallback(request):
             if self.slot.down or not self._degradation.may_be_a_canary(call):
                 return None

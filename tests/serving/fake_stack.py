@@ -15,6 +15,7 @@ from server.policy.ladder import LadderRules
 from server.policy.objectives import Objectives
 from server.policy.refusals import InvalidRequest, Refusal
 from server.policy.reservations import Capacity
+from server.serving.charging import Charging, Pricing
 from server.serving.degradation import Degradation, DegradationRules
 from server.serving.engine_slot import EngineSlot
 from server.serving.fallback import Fallback, Upstream
@@ -25,6 +26,9 @@ from server.serving.queue import Gate
 from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Guards, Service
+from server.store.connection import connect
+from server.store.limit_script import LimitScript
+from server.store.limiter import Limiter
 from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.metrics import Metrics
 from server.telemetry.resilience import ResilienceMetrics
@@ -81,8 +85,14 @@ def new_gate() -> Gate:
     return gate
 
 
+def new_charging() -> Charging:
+    """It charges nobody: tests of other things serve anyone, who has no limits. No Redis is reached."""
+    limiter = Limiter(LimitScript(connect("unix:///nowhere")), "a-replica")
+    return Charging(limiter, "a-replica", Pricing(), Metrics(CollectorRegistry()))
+
+
 def new_generation(gate: Gate | None = None) -> Generation:
-    return Generation(new_fitter(), gate or new_gate())
+    return Generation(new_fitter(), gate or new_gate(), new_charging())
 
 
 def new_service(
@@ -109,7 +119,7 @@ def new_guards(
     ladder = LadderWatch(rules or LadderRules(), sources, pins or LocalPins(), metrics)
     degradation = Degradation(ladder, DegradationRules(512, canned_reply), metrics)
     fallback = Fallback(upstreams, metrics, lambda: 0.5)
-    return Guards(gate or new_gate(), Recovery(metrics), degradation, fallback, restart_wait_s)
+    return Guards(gate or new_gate(), new_charging(), Recovery(metrics), degradation, fallback, restart_wait_s)
 
 
 @dataclass(slots=True)
@@ -134,6 +144,11 @@ class _Demand:
 def demand(prompt_tokens: int = 7, progress: FakeProgress | None = None) -> "Demand":
     """What an engine request asks for."""
     return cast("Demand", _Demand(prompt_tokens, progress or FakeProgress()))
+
+
+def open_demand(prompt_tokens: int, progress: FakeProgress) -> "Demand":
+    """What a request asks for that names no cap: all that the window leaves."""
+    return cast("Demand", _Demand(prompt_tokens, progress, max_tokens=4096 - prompt_tokens, fills_window=True))
 
 
 @dataclass(slots=True)
