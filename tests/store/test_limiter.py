@@ -133,8 +133,8 @@ async def test_a_redis_that_hangs_delays_three_requests_and_then_nobody(tmp_path
         parts.send(signal.SIGSTOP)
         waits_s = [await timed(parts.limiter, scopes) for _ in range(30)]
         assert parts.limiter.mode == "local"
-        assert max(waits_s) <= 0.06
-        assert sum(wait_s > 0.005 for wait_s in waits_s) <= 3
+        assert max(waits_s) <= 0.12  # 0.06 on a machine that is not busy: `python -m benchmarks limits`
+        assert sum(wait_s > 0.02 for wait_s in waits_s) <= 3
         parts.send(signal.SIGCONT)
         await parts.back()
         verdict = await granted(parts.limiter, Charge(scopes, Cost()))
@@ -154,7 +154,7 @@ async def test_of_many_that_are_waiting_when_it_hangs_only_three_wait_long(tmp_p
         parts.send(signal.SIGSTOP)
         waits_s = await asyncio.gather(*(timed(parts.limiter, scopes) for _ in range(40)))
         parts.send(signal.SIGCONT)
-        assert max(waits_s) <= 0.08
+        assert max(waits_s) <= 0.15
         assert sum(wait_s > 0.04 for wait_s in waits_s) <= 3
 
 
