@@ -82,10 +82,13 @@ class _Settle:
 class Limiter:
     """One for each process. `replica` is its name among those that share the Redis."""
 
-    def __init__(self, script: LimitScript, replica: str, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, script: LimitScript, replica: str, timeout_s: float = TIMEOUT_S, heartbeat_s: float = _HEARTBEAT_S
+    ) -> None:
         self._script = script
         self._replica = replica
         self._timeout_s = timeout_s
+        self._heartbeat_s = heartbeat_s
         self._local = LocalLimits()
         self._failures = 0
         self._patient = 0
@@ -294,7 +297,7 @@ class Limiter:
 
     async def _keep_leases(self) -> None:
         while True:
-            await asyncio.sleep(_HEARTBEAT_S)
+            await asyncio.sleep(self._heartbeat_s)
             held: dict[str, list[str]] = {}
             for lease, scopes in self._leases.items():
                 for scope in scopes:

@@ -243,3 +243,20 @@ async def test_the_lease_of_a_replica_that_was_killed_ends_by_itself(redis: Redi
     assert ends_us is not None
     assert ends_us - (seconds * 1_000_000 + microseconds) <= 60_000_000
     assert 0 < await redis.pttl(leases_key(scopes[0])) <= 60_000
+
+
+async def test_the_leases_of_requests_that_run_are_renewed_and_no_others(redis: Redis) -> None:
+    scopes = team(concurrency=3)
+    limiter = Limiter(LimitScript(redis), "a-replica", heartbeat_s=0.1)
+    async with limiter.running():
+        over = await granted(limiter, Charge(scopes, Cost(1), "over"))
+        await granted(limiter, Charge(scopes, Cost(1), "runs"))
+        limiter.settle(over, Cost(1), "over", None)
+        before = await redis.zscore(leases_key(scopes[0]), "runs")
+        await redis.zrem(leases_key(scopes[0]), "runs")  # as by a Redis that came back empty
+        await asyncio.sleep(0.4)
+        after = await redis.zscore(leases_key(scopes[0]), "runs")
+    assert before is not None
+    assert after is not None
+    assert after > before
+    assert await redis.zscore(leases_key(scopes[0]), "over") is None
