@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from benchmarks import fit_overhead, long_chat, serving, start_up
+from benchmarks import fit_overhead, limits, long_chat, serving, start_up
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,6 +20,7 @@ benchmarks.add_command(serving.command)
 benchmarks.add_command(start_up.command)
 benchmarks.add_command(long_chat.command)
 benchmarks.add_command(fit_overhead.command)
+benchmarks.add_command(limits.command)
 
 
 if __name__ == "__main__":
