@@ -80,19 +80,20 @@ def test_a_key_from_the_command_line_serves_until_it_is_revoked(shared: RunningS
 def test_a_model_that_is_not_the_tenants_is_answered_like_one_that_is_not_there(
     shared: RunningServer, folder: Path
 ) -> None:
-    everything, limited = (
-        keys(shared, folder, "create", "all"),
-        keys(shared, folder, "create", "few", "--models", "tiny"),
-    )
-    absent, foreign = (
+    everything = keys(shared, folder, "create", "all")
+    limited = keys(shared, folder, "create", "few", "--models", "tiny,not-loaded")
+    foreign, absent, not_loaded = (
         httpx.post(
             f"{shared.url}/v1/chat/completions",
             json={"model": model, "messages": [{"role": "user", "content": "Hello."}]},
-            headers={"authorization": f"Bearer {key}"},
+            headers={"authorization": f"Bearer {limited}"},
         )
-        for model, key in (("absent", everything), ("hidden", limited))
+        for model in ("hidden", "absent", "not-loaded")
     )
-    assert (absent.status_code, absent.text.replace("absent", "hidden")) == (404, foreign.text)
+    assert foreign.status_code == 404
+    assert foreign.text == absent.text.replace("absent", "hidden")
+    assert foreign.text.replace("hidden", "not-loaded", 1) == not_loaded.text
+    assert "Valid aliases: not-loaded, tiny." in foreign.text
     assert [card.id for card in client(shared, limited).models.list()] == ["tiny"]
     assert say_hello(client(shared, everything), "hidden") >= 1
 
