@@ -6,6 +6,7 @@ are within the objectives (goodput).
 """
 
 import asyncio
+import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -47,10 +48,10 @@ _GRACE_FACTOR: Final = 2.0
 _BURSTINESS: Final = 3.0
 
 # Who asks. The light tenant asks at the same small rate under every load; the shares of the others fill the rest.
-HEAVY: Final = Caller("heavy", "default", 0.70)
-CRITICAL: Final = Caller("critical", "critical", 0.15)
-JOBS: Final = Caller("jobs", "batch", 0.15)
-LIGHT: Final = Caller("light", "default", 1.0)
+HEAVY: Final = Caller("heavy", "default", 0.70, "tg-bench-heavy-0123456789abcdef")
+CRITICAL: Final = Caller("critical", "critical", 0.15, "tg-bench-critical-0123456789abcdef")
+JOBS: Final = Caller("jobs", "batch", 0.15, "tg-bench-jobs-0123456789abcdef")
+LIGHT: Final = Caller("light", "default", 1.0, "tg-bench-light-0123456789abcdef")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +193,18 @@ def _preemptions(url: str) -> int:
 
 
 def tenant_flags(folder: Path) -> list[str]:
-    """The flags that make a server know the benchmark's callers."""
-    del folder
-    return []
+    """The flags that make a server know the benchmark's callers, without limits; plain vLLM takes any key."""
+    declared = [
+        f'[tenants.{caller.name}]\nclass = "{caller.traffic_class}"\nkeys = [{{ sha256 = "{_digest(caller.key)}" }}]\n'
+        for caller in (HEAVY, CRITICAL, JOBS, LIGHT)
+    ]
+    tenants = folder / "tenants.toml"
+    tenants.write_text("\n".join(declared), encoding="utf-8")
+    return ["--tenants-file", str(tenants), "--data-folder", str(folder / "data")]
+
+
+def _digest(key: str | None) -> str:
+    return hashlib.sha256((key or "").encode()).hexdigest()
 
 
 @click.command("overload")

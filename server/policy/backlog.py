@@ -101,6 +101,10 @@ class Backlog:
         """How many of a class wait."""
         return sum(len(line.tickets) for line in self._lines.get(traffic_class, _NO_LINES).values())
 
+    def all_tenants(self) -> set[str]:
+        """Who waits, in any class."""
+        return {name for lines in self._lines.values() for name in lines}
+
     def tenants(self, traffic_class: TrafficClass) -> list[str]:
         """Who waits in a class."""
         return list(self._lines.get(traffic_class, _NO_LINES))
@@ -129,8 +133,7 @@ class Backlog:
 
     def welcome(self, tenant: str) -> None:
         """Lift the counter of a tenant that is about to wait and did not before."""
-        waiting = {name for lines in self._lines.values() for name in lines}
-        if tenant not in waiting:
+        if tenant not in (waiting := self.all_tenants()):
             self._counters.arrived(tenant, waiting)
 
     def head(self, traffic_class: TrafficClass, tenants: list[str], *, newest_first: bool) -> Ticket:

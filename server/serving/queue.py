@@ -55,6 +55,7 @@ class Gate:
         self.clock, self._jitter = around.clock, around.jitter
         self._waiting: dict[int, Slot] = {}
         self._running: dict[int, Slot] = {}
+        self._prefilling: dict[int, Slot] = {}
         metrics.watch(admission)
 
     def open(self, capacity: Capacity, unloaded: Unloaded | None) -> None:
@@ -75,6 +76,10 @@ class Gate:
 
     def stepped(self, step: Step) -> None:
         """Take in the figures of one engine step."""
+        for slot in tuple(self._prefilling.values()):
+            if slot.held is not None and slot.prefilled:
+                self.admission.prefilled(slot.held)
+                del self._prefilling[slot.held.ticket.number]
         self.admission.stepped(step)
         self._metrics.stepped(step)
         if self._waiting:
@@ -128,6 +133,7 @@ class Gate:
             self.admission.leave(slot.ticket)
         if slot.held is not None:
             self._running.pop(slot.held.ticket.number, None)
+            self._prefilling.pop(slot.held.ticket.number, None)
             self.admission.release(slot.held, slot.consumed(), self.clock())
             slot.held = None
         if self._waiting:
@@ -158,7 +164,7 @@ class Gate:
 
     def _put_in(self, slot: Slot, held: Held) -> None:
         slot.held = held
-        self._running[held.ticket.number] = slot
+        self._running[held.ticket.number] = self._prefilling[held.ticket.number] = slot
         waited_s = max(0.0, held.admitted_s - (slot.request.arrived_s or held.admitted_s))
         slot.request.headers[_WAIT] = f"{waited_s:.3f}"
         slot.request.headers.setdefault(_POSITION, "0")
@@ -234,10 +240,15 @@ class Slot:
         """What the engine did for it."""
         return Consumed(self._progress.completion_tokens, self._progress.cached_tokens, self.finished)
 
-    def produced(self) -> None:
-        """The first output came."""
+    @property
+    def prefilled(self) -> bool:
+        """Whether the engine is through with the prompt."""
+        return self._progress.prefilled
+
+    def streamed(self) -> None:
+        """The client gets the first of it: from now on it can no longer be put back."""
         if self.held is not None:
-            self._gate.admission.produced(self.held)
+            self.held.streamed = True
 
     def give_up(self) -> None:
         """Interrupt whoever waits for this request's first output."""
