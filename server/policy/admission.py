@@ -14,7 +14,7 @@ from server.policy.objectives import Objectives, Unloaded
 from server.policy.reservations import Ask, Capacity, Growth, reservation
 from server.policy.running_cap import RunningCap
 from server.policy.tenants import TrafficClass
-from server.policy.terms import TRAFFIC_CLASSES, Terms
+from server.policy.terms import DEFAULT_TERMS, TRAFFIC_CLASSES, Terms
 
 # The backlog stays with us, where it has an order: in the engine's own queue stand at most this many, or an eighth of
 # what may run if that is more.
@@ -124,6 +124,11 @@ class Admission:
         """The engine is gone; what waits goes on waiting."""
         self.capacity = None
 
+    def postpone(self, seconds: float) -> None:
+        """The time without an engine counts against nobody's deadline."""
+        for ticket in self.backlog:
+            ticket.deadline_s += seconds
+
     def stepped(self, step: Step) -> None:
         """Take in one engine step."""
         self.growth = self.growth.stepped(step.preemptions)
@@ -134,11 +139,12 @@ class Admission:
         self.cap = self.cap.stepped(step.itl_s, self.ledger.sequences, slo_s, wanted=self._short_of_places)
         self._short_of_places = False
 
-    def forecast(self, traffic_class: TrafficClass, tenant: str, ask: Ask, now_s: float) -> float:
+    def forecast(self, terms: Terms, tenant: str, ask: Ask, now_s: float) -> float:
         """Seconds until a request that came now would have its first token."""
         if self.capacity is None:
             return 0.0
-        ahead = self.backlog.ahead_of(traffic_class, tenant)
+        traffic_class = terms.traffic_class
+        ahead = self.backlog.ahead_of(traffic_class, tenant, terms.priority)
         favoured = self._is_favoured(traffic_class, tenant)
         limit = places(traffic_class, self.cap.limit, self.capacity.max_running, favoured=favoured)
         room = kv_room(traffic_class, self.capacity, favoured=favoured)
@@ -163,7 +169,9 @@ class Admission:
     def pressure(self, now_s: float) -> float:
         """The longest predicted wait of a default request in units of its objective: above 1 it would be refused."""
         usual = Ask(0, int(self._usual.max_tokens))
-        waits_s = [self.forecast("default", tenant, usual, now_s) for tenant in self.backlog.tenants("default") or [""]]
+        waits_s = [
+            self.forecast(DEFAULT_TERMS, tenant, usual, now_s) for tenant in self.backlog.tenants("default") or [""]
+        ]
         return max(waits_s) / self.objectives.ttft("default", self.unloaded)
 
     def refuses(self, terms: Terms, tenant: str, ask: Ask, waited_s: float, now_s: float) -> Shed | None:
@@ -171,7 +179,7 @@ class Admission:
 
         One that nothing stands before is always welcome, unless the client's own patience is shorter.
         """
-        wait_s = self.forecast(terms.traffic_class, tenant, ask, now_s)
+        wait_s = self.forecast(terms, tenant, ask, now_s)
         patience_s = self.patience_s(terms, ask)
         nothing_before = wait_s <= self._own_s(ask)
         if waited_s + wait_s <= (1.0 if nothing_before else _DEADLINE_SHARE) * patience_s:
@@ -187,8 +195,8 @@ class Admission:
         self.backlog.welcome(tenant)
         if (shed := self.refuses(terms, tenant, ask, now_s - arrived_s, now_s)) is not None:
             return shed
-        ahead = self.backlog.ahead_of(terms.traffic_class, tenant)
-        wait_s = self.forecast(terms.traffic_class, tenant, ask, now_s)
+        ahead = self.backlog.ahead_of(terms.traffic_class, tenant, terms.priority)
+        wait_s = self.forecast(terms, tenant, ask, now_s)
         self._numbers += 1
         ticket = Ticket(
             tenant=tenant,
@@ -237,7 +245,8 @@ class Admission:
         patience_s = ticket.deadline_s - ticket.arrived_s + self._own_s(ticket.ask)
         if patience_s >= self.objectives.ttft(ticket.traffic_class, self.unloaded):
             self._expired_s[ticket.traffic_class] = now_s
-        wait_s = self.forecast(ticket.traffic_class, ticket.tenant, ticket.ask, now_s)
+        terms = Terms(ticket.traffic_class, priority=ticket.priority)
+        wait_s = self.forecast(terms, ticket.tenant, ticket.ask, now_s)
         slo_s = self.objectives.ttft(ticket.traffic_class, self.unloaded)
         return Shed(wait_s, patience_s, wait_s > _HOPELESS * slo_s, ticket)
 

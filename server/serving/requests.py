@@ -88,7 +88,7 @@ class OpenRequest:
     `detached`: it goes on generating after its answer (background responses), so nothing is closed with it.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
     `tenant` owns it; `end_user` is whom a trusted tenant sent it for. `terms` are how it waits, `arrived_s` since when
-    on the gate's clock.
+    on the gate's clock, `at_gate` how many engine requests came to the gate for it.
     """
 
     request_id: str
@@ -108,6 +108,7 @@ class OpenRequest:
     running: set[Work] = field(default_factory=set)
     terms: Terms = DEFAULT_TERMS
     arrived_s: float | None = None
+    at_gate: int = 0
     detached: bool = False
     letting_go: bool = False
 

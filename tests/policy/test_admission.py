@@ -130,7 +130,7 @@ def test_the_wait_of_a_light_tenant_does_not_depend_on_a_heavy_ones_backlog() ->
         for _ in range(backlog):
             door.ticket("heavy")
         door.admission.backlog.welcome("light")
-        waits_s.append(door.admission.forecast("default", "light", Ask(100, 100), door.now_s))
+        waits_s.append(door.admission.forecast(Terms(), "light", Ask(100, 100), door.now_s))
     assert waits_s[0] == pytest.approx(waits_s[1])
     assert waits_s[0] > 0.3
 
@@ -139,10 +139,10 @@ def test_the_wait_of_a_heavy_tenant_grows_with_its_backlog() -> None:
     door = Door(ttft_slo_s=500)
     door.fill("heavy")
     door.now_s += 4
-    before_s = door.admission.forecast("default", "heavy", Ask(100, 100), door.now_s)
+    before_s = door.admission.forecast(Terms(), "heavy", Ask(100, 100), door.now_s)
     for _ in range(14):
         door.ticket("heavy")
-    after_s = door.admission.forecast("default", "heavy", Ask(100, 100), door.now_s)
+    after_s = door.admission.forecast(Terms(), "heavy", Ask(100, 100), door.now_s)
     assert after_s - before_s == pytest.approx(14 / 7 * 4)
 
 
