@@ -169,10 +169,8 @@ class Admission:
     def pressure(self, now_s: float) -> float:
         """The longest predicted wait of a default request in units of its objective: above 1 it would be refused."""
         usual = Ask(0, int(self._usual.max_tokens))
-        waits_s = [
-            self.forecast(DEFAULT_TERMS, tenant, usual, now_s) for tenant in self.backlog.tenants("default") or [""]
-        ]
-        return max(waits_s) / self.objectives.ttft("default", self.unloaded)
+        wait_s = self.forecast(DEFAULT_TERMS, self.backlog.longest("default"), usual, now_s)
+        return wait_s / self.objectives.ttft("default", self.unloaded)
 
     def refuses(self, terms: Terms, tenant: str, ask: Ask, waited_s: float, now_s: float) -> Shed | None:
         """Whether a request that came `waited_s` ago would get its first token too late.
@@ -231,7 +229,7 @@ class Admission:
         tenants = self.backlog.tenants(name)
         ticket = self.backlog.head(name, tenants, newest_first=newest_first)
         if now_s <= ticket.deadline_s and not self._fits(ticket):
-            light = [tenant for tenant in tenants if self._is_favoured(name, tenant)]
+            light = self._light(name, tenants)
             if not light or ticket.tenant in light:
                 return None
             ticket = self.backlog.head(name, light, newest_first=newest_first)
@@ -350,7 +348,14 @@ class Admission:
     def _is_favoured(self, traffic_class: TrafficClass, tenant: str) -> bool:
         """Whether a tenant that uses little may use the room that its class leaves, so that its wait does not depend on
         how long the answers of heavy ones are. Batch work never does."""
-        return traffic_class == "default" and self.ledger.is_light(tenant, self.backlog.all_tenants(), self.cap.limit)
+        return bool(self._light(traffic_class, [tenant]))
+
+    def _light(self, traffic_class: TrafficClass, tenants: list[str]) -> list[str]:
+        """Those of these tenants that hold less than an equal part of all places."""
+        if traffic_class != "default":
+            return []
+        part = self.ledger.equal_part(tenants[0], self.backlog.all_tenants(), self.cap.limit)
+        return [tenant for tenant in tenants if self.ledger.places_of(tenant) < part]
 
     def _engine_takes(self, ticket: Ticket, *, favoured: bool) -> bool:
         """Whether the engine is near enough to the end of the prompts it has.
@@ -388,8 +393,3 @@ class Admission:
     def _expected_completion(self, ask: Ask) -> float:
         used = self.growth.used if self.growth.used is not None else self.growth.ratio
         return used * ask.max_tokens * ask.sequences
-
-
-def running_by_class(ledger: Ledger) -> dict[TrafficClass, int]:
-    """How many requests of each class run, for the figures."""
-    return {name: ledger.running(name) for name in TRAFFIC_CLASSES}

@@ -118,6 +118,11 @@ class Backlog:
         """Who waits in a class."""
         return list(self._lines.get(traffic_class, _NO_LINES))
 
+    def longest(self, traffic_class: TrafficClass) -> str:
+        """Who has most waiting in a class; an empty name where nobody waits."""
+        lines = self._lines.get(traffic_class, _NO_LINES)
+        return max(lines, key=lambda tenant: lines[tenant].cost, default="")
+
     def first_class(self) -> TrafficClass | None:
         """The highest class in which somebody waits."""
         return next((name for name in TRAFFIC_CLASSES if self._lines.get(name)), None)

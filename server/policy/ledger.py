@@ -1,6 +1,6 @@
 """What the engine's running requests hold: KV tokens promised to them, and places."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -62,13 +62,14 @@ class Ledger:
         """How many requests of a class run."""
         return sum(held.ticket.traffic_class == traffic_class for held in self._held.values())
 
-    def is_light(self, tenant: str, waiting: Iterable[str], limit: int) -> bool:
-        """Whether a tenant holds less than an equal part of `limit` places, among all that run or wait.
+    def equal_part(self, tenant: str, waiting: Set[str], limit: int) -> int:
+        """An equal part of `limit` places for this tenant and all others that run or wait; 0 where there is no other."""
+        tenants = len(self._by_tenant.keys() | waiting | {tenant})
+        return max(1, limit // tenants) if tenants > 1 else 0
 
-        One that is alone is not light, and not heavy either: there is nobody to protect.
-        """
-        others = len(self._by_tenant.keys() | set(waiting) | {tenant})
-        return others > 1 and self._by_tenant.get(tenant, 0) < max(1, limit // others)
+    def places_of(self, tenant: str) -> int:
+        """How many sequences of a tenant run."""
+        return self._by_tenant.get(tenant, 0)
 
     def admit(self, held: Held) -> None:
         self._held[held.ticket.number] = held

@@ -161,7 +161,7 @@ def test_critical_requests_go_before_everybody_who_waits(busy: RunningServer) ->
 
 def test_a_critical_request_drives_out_batch_work_that_then_starts_again(busy: RunningServer) -> None:
     before = busy.metric("tidegate_batch_evictions_total")
-    work = {"max_tokens": 1200, "ignore_eos": True}  # not streamed: its client has seen nothing of it
+    work: dict[str, Any] = {"max_tokens": 1200, "ignore_eos": True}  # not streamed: its client has seen nothing of it
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(_ask, busy, who="jobs", **work) for _ in range(_PLACES)]
         _until(lambda: busy.metric('tidegate_requests_running{class="batch"}') >= 1)
