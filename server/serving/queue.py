@@ -35,6 +35,7 @@ log = structlog.get_logger(__name__)
 _POSITION: Final = "x-queue-position"
 _WAIT: Final = "x-queue-wait"
 _LOOK_AGAIN_S: Final = 0.5
+_TIMER_RESOLUTION_S: Final = 0.01  # an event loop's timer may be early by some milliseconds
 # A call of many prompts is taken or refused by its first one. The others may take their time, and let other calls of
 # the same tenant pass.
 _PATIENCE_OF_THE_REST_S: Final = 3600.0
@@ -76,6 +77,7 @@ class Gate:
             max_running=capacity.max_running,
             ttft_slo_s=round(self.admission.objectives.ttft("default", unloaded), 3),
             tpot_slo_s=round(self.admission.objectives.tpot(unloaded), 4),
+            unloaded=unloaded,
         )
         self._let_in()
 
@@ -151,7 +153,8 @@ class Gate:
 
     def expire(self, slot: Slot) -> None:
         """The last moment at which starting this one made sense has passed, or was postponed."""
-        if slot.ticket is not None and (self._closed_s is not None or slot.ticket.deadline_s > self.clock()):
+        early = slot.ticket is not None and slot.ticket.deadline_s > self.clock() + _TIMER_RESOLUTION_S
+        if self._closed_s is not None or early:
             slot.timer = asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self.expire, slot)
         elif slot.ticket is not None and self._waiting.pop(slot.ticket.number, None) is not None:
             self.admission.leave(slot.ticket)
