@@ -13,7 +13,7 @@ from rich.table import Table
 from benchmarks.open_loop import Outcome, Run
 
 OURS: Final = "tidegate"
-_TABLE_WIDTH: Final = 170
+_TABLE_WIDTH: Final = 220
 _COLOURS: Final[Mapping[str, str]] = {"plain": "#b04a3a", "tuned": "#c99a2e", OURS: "#2a6f97"}
 _PAIR: Final = 2
 _WIDTH: Final = 640

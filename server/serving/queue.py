@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -77,7 +77,7 @@ class Gate:
             max_running=capacity.max_running,
             ttft_slo_s=round(self.admission.objectives.ttft("default", unloaded), 3),
             tpot_slo_s=round(self.admission.objectives.tpot(unloaded), 4),
-            unloaded=unloaded,
+            unloaded=None if unloaded is None else asdict(unloaded),
         )
         self._let_in()
 
