@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from server import __version__
 from server.commands.keys import keys
+from server.commands.level import level
 from server.settings import (
     SECTIONS,
     SETTINGS_FILE_ENV,
@@ -141,6 +142,7 @@ cli.add_command(
 
 
 cli.add_command(keys)
+cli.add_command(level)
 
 
 @cli.command()

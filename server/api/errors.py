@@ -32,6 +32,7 @@ _TABLE: Final[Mapping[type[Refusal], Wire]] = {
     refusals.ContextLengthExceeded: Wire(
         400, "invalid_request_error", "context_length_exceeded", "invalid_request_error"
     ),
+    refusals.CostAboveLimit: Wire(400, "invalid_request_error", "tokens_above_limit", "invalid_request_error"),
     refusals.BodyTooLarge: Wire(413, "invalid_request_error", "request_too_large", "request_too_large"),
     refusals.InvalidApiKey: Wire(401, "invalid_request_error", "invalid_api_key", "authentication_error"),
     refusals.OperatorsOnly: Wire(403, "invalid_request_error", "operators_only", "permission_error"),
@@ -47,6 +48,11 @@ _TABLE: Final[Mapping[type[Refusal], Wire]] = {
     refusals.NotReady: Wire(503, "server_error", "engine_not_ready", "overloaded_error"),
     refusals.Draining: Wire(503, "server_error", "server_draining", "overloaded_error"),
     refusals.GenerationFailed: Wire(500, "server_error", "internal_error", "api_error"),
+    refusals.EngineLost: Wire(503, "server_error", "engine_lost", "overloaded_error"),
+    refusals.Quarantined: Wire(500, "server_error", "request_quarantined", "api_error"),
+    refusals.UpstreamLost: Wire(502, "server_error", "upstream_lost", "api_error"),
+    refusals.Closed: Wire(503, "server_error", "server_closed", "overloaded_error"),
+    refusals.NotDegraded: Wire(503, "server_error", "degraded_service", "overloaded_error"),
 }
 
 

@@ -171,7 +171,10 @@ def delete(client: OperatorClient, name: str) -> None:
     """Forget the tenant NAME and revoke its keys."""
     client.call("DELETE", _path(name))
     left = client.call("GET", _TENANTS)["data"]
-    click.echo(f"Deleted {name}." + ("" if left else " It was the last tenant."), err=True)
+    click.echo(
+        f"Deleted {name}." + ("" if left else " It was the last tenant: without --api-key the server is open now."),
+        err=True,
+    )
 
 
 @keys.command()

@@ -63,7 +63,7 @@ class Ledger:
         return sum(held.ticket.traffic_class == traffic_class for held in self._held.values())
 
     def equal_part(self, tenant: str, waiting: Set[str], limit: int) -> int:
-        """An equal part of `limit` places for this tenant and all others that run or wait; 0 where there is no other."""
+        """An equal part of `limit` places for a tenant among all that run or wait; 0 where there is no other."""
         tenants = len(self._by_tenant.keys() | waiting | {tenant})
         return max(1, limit // tenants) if tenants > 1 else 0
 

@@ -34,6 +34,10 @@ class ContextLengthExceeded(InvalidRequest):
     """The prompt does not fit the model's window."""
 
 
+class CostAboveLimit(InvalidRequest):
+    """The request needs more tokens than the caller's limit ever holds at once."""
+
+
 class BodyTooLarge(Refusal):
     """The body is over the byte cap."""
 
@@ -92,3 +96,23 @@ class Draining(Refusal):
 
 class GenerationFailed(Refusal):
     """The engine failed while it worked on this request."""
+
+
+class EngineLost(GenerationFailed):
+    """The engine died after it had begun to answer."""
+
+
+class Quarantined(GenerationFailed):
+    """The request was in the engine at two deaths of it, and is not tried a third time."""
+
+
+class UpstreamLost(GenerationFailed):
+    """The fallback upstream broke off in the middle of its answer."""
+
+
+class Closed(Refusal):
+    """An operator has closed the server for requests."""
+
+
+class NotDegraded(Refusal):
+    """The answer would have been degraded, and the client asked for none rather than that."""

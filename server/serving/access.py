@@ -37,10 +37,14 @@ _UNAVAILABLE: Final = "API keys cannot be checked at the moment. Please try agai
 
 @dataclass(frozen=True, slots=True)
 class OpenRule:
-    """When callers need no key. `fixed_keys` come from the settings and belong to no tenant."""
+    """When callers need no key. `fixed_keys` come from the settings and belong to no tenant.
+
+    `never_stored` tells of a Redis that has not answered yet whether it can hold nothing.
+    """
 
     fixed_keys: Sequence[str] = ()
     require_key: bool = False
+    never_stored: Callable[[], bool] = lambda: False
 
 
 @dataclass(slots=True)
@@ -54,32 +58,35 @@ class _Known:
 
 
 class Access:
-    """Knows the keys. Without `records` there are only the declared tenants and the fixed keys."""
+    """Knows the keys: those in Redis, those of the declared tenants and the fixed ones."""
 
     def __init__(
-        self, rule: OpenRule, declared: DeclaredTenants, records: TenantRecords | None, clock: Callable[[], float]
+        self, rule: OpenRule, declared: DeclaredTenants, records: TenantRecords, clock: Callable[[], float]
     ) -> None:
         self._fixed = tuple(digest(key) for key in rule.fixed_keys)
-        self._require_key = rule.require_key
+        self._rule = rule
         self._declared = declared
         self._records = records
         self._clock = clock
         self._known: LRUCache[str, _Known] = LRUCache(_KNOWN_KEYS)
         self._state: RecordsState | None = None
-        self._reachable = True
+        self._failed_s: float | None = None
         self._lost = False
-        self._asked_s: float | None = None
         self._used: dict[str, float] = {}
         self._hurry = asyncio.Event()
 
     @property
     def open(self) -> bool | None:
         """Whether callers need no key; None while that stands in a Redis which has not answered yet."""
-        if self._fixed or self._require_key or self._declared.tenants:
+        if self._fixed or self._rule.require_key or self._declared.tenants:
             return False
-        if self._records is None:
-            return True
-        return None if self._state is None else self._state.tenants == 0 and not self._lost
+        if self._state is not None:
+            return self._state.tenants == 0 and not self._lost
+        return True if self._surely_empty else None
+
+    @property
+    def _surely_empty(self) -> bool:
+        return self._state is None and self._rule.never_stored()
 
     async def caller(self, key: str) -> Tenant:
         """The tenant behind a key, or `ANYONE`. Raises `InvalidApiKey` and `StoreUnavailable`.
@@ -105,19 +112,14 @@ class Access:
 
     async def refresh(self) -> None:
         """Learn from Redis whether anything has changed."""
-        if self._records is None:
-            return
-        self._asked_s = self._clock()
         try:
             seen = await self._records.state()
         except RedisUnavailable as error:
-            if self._reachable:
-                log.warning("keys cannot be read from Redis; those known so far keep working", reason=str(error))
-            self._reachable = False
+            self._note_failure(error)
             return
-        if not self._reachable:
+        if self._failed_s is not None:
             log.info("keys can be read from Redis again")
-        self._reachable = True
+        self._failed_s = None
         if seen.version is None and self._state is not None and self._state.version is not None:
             if not self._lost:
                 log.error("Redis has lost all tenants and keys. Those known here keep working; nobody else comes in.")
@@ -150,7 +152,7 @@ class Access:
 
     async def flush(self) -> None:
         """Write when keys were used; what Redis does not take now is kept for the next time."""
-        if self._records is None or not self._used:
+        if not self._used:
             return
         used, self._used = self._used, {}
         try:
@@ -159,11 +161,20 @@ class Access:
             self._used = used | self._used
 
     async def _is_open(self) -> bool:
-        if self.open is None and (self._asked_s is None or self._clock() - self._asked_s >= _WATCH_INTERVAL_S):
+        if self.open is None and self._worth_asking():
             await self.refresh()
         if self.open is None:
             raise StoreUnavailable(_UNAVAILABLE, retry_after_s=_RETRY_AFTER_S)
         return self.open
+
+    def _worth_asking(self) -> bool:
+        """Not right after Redis has failed to answer: each request would wait for it."""
+        return self._failed_s is None or self._clock() - self._failed_s >= _WATCH_INTERVAL_S
+
+    def _note_failure(self, error: RedisUnavailable) -> None:
+        if self._failed_s is None:
+            log.warning("keys cannot be read from Redis; those known so far keep working", reason=str(error))
+        self._failed_s = self._clock()
 
     @property
     def _version(self) -> tuple[str | None, int]:
@@ -171,29 +182,41 @@ class Access:
 
     async def _lookup(self, key_digest: str, *, ours: bool) -> _Known | None:
         known, version = self._known.get(key_digest), self._version
-        if self._records is None or (known is not None and known.version == version):
+        if known is not None and known.version == version:
             return known
         try:
-            key = await self._records.find_key(key_digest)
-            tenant = None if key is None else await self._tenant(key.tenant, self._records)
+            found = await self._read(key_digest, version)
         except RedisUnavailable as error:
             if known is None and ours:
                 raise StoreUnavailable(_UNAVAILABLE, retry_after_s=_RETRY_AFTER_S) from error
             return known
-        if self._lost and known is not None:
-            return known
-        if self._lost and ours:
-            raise StoreUnavailable(_UNAVAILABLE, retry_after_s=_RETRY_AFTER_S)
-        if key is None or tenant is None:
+        if found is None:
             self._known.pop(key_digest, None)
             return None
-        noted_s = 0.0 if known is None else known.use_noted_s
-        self._known[key_digest] = found = _Known(key, tenant, version, noted_s)
+        if known is not None:
+            found.use_noted_s = known.use_noted_s
+        self._known[key_digest] = found
         return found
 
-    async def _tenant(self, name: str, records: TenantRecords) -> Tenant | None:
+    async def _read(self, key_digest: str, version: tuple[str | None, int]) -> _Known | None:
+        """Raises `RedisUnavailable`, also for a Redis that did not answer just now or has lost everything."""
+        if self._surely_empty:
+            return None
+        if not self._worth_asking():
+            raise RedisUnavailable("it did not answer just now")
+        try:
+            key = await self._records.find_key(key_digest)
+            tenant = None if key is None else await self._tenant(key.tenant)
+        except RedisUnavailable as error:
+            self._note_failure(error)
+            raise
+        if key is None and self._lost:
+            raise RedisUnavailable("it has lost all keys")
+        return None if key is None or tenant is None else _Known(key, tenant, version)
+
+    async def _tenant(self, name: str) -> Tenant | None:
         """The file's word counts more than that of Redis."""
         if (declared := self._declared.tenants.get(name)) is not None:
             return declared
-        stored = await records.find(name)
+        stored = await self._records.find(name)
         return None if stored is None else stored.tenant

@@ -10,6 +10,7 @@ from server.policy.edits import Edits
 from server.policy.forecast import Step
 from server.policy.refusals import Refusal
 from server.policy.terms import DEFAULT_TERMS
+from server.serving.charging import Charging
 from server.serving.fitting import HistoryFitter
 from server.serving.queue import Gate
 from server.serving.requests import OpenRequest, Running, current_request
@@ -24,9 +25,10 @@ Output = TypeVar("Output")
 class Generation:
     """What happens at the engine's two seams, for every endpoint alike."""
 
-    def __init__(self, fitter: HistoryFitter, gate: Gate) -> None:
+    def __init__(self, fitter: HistoryFitter, gate: Gate, charging: Charging) -> None:
         self._fitter = fitter
         self._gate = gate
+        self._charging = charging
 
     def stepped(self, step: Step) -> None:
         """The engine made a step."""
@@ -61,10 +63,11 @@ class Generation:
         request.prompt_tokens += demand.prompt_tokens
         _note_clamp(demand, request)
         try:
-            async with self._gate.slot(request, demand) as slot:
+            async with self._charging.charge(request, demand), self._gate.slot(request, demand) as slot:
                 while True:
                     running, begun = Running(outputs()), False
                     request.running.add(running)
+                    request.exposed = request.exposed or not request.lost_its_engine
                     try:
                         async for output in running.generator:
                             if not begun:
@@ -88,9 +91,11 @@ class Generation:
 
 
 def _request() -> OpenRequest:
-    """The open request, or a stand-in for work that no client waits for."""
+    """The open request, or a stand-in for work that no client waits for; its owner is charged all the same."""
     request = current_request()
-    return OpenRequest(request_id="", path="") if request is None or request.detached else request
+    if request is None:
+        return OpenRequest(request_id="", path="")
+    return request.stand_in() if request.detached else request
 
 
 def _note_clamp(demand: Demand, request: OpenRequest) -> None:

@@ -22,12 +22,16 @@ from server.policy.bodies import (
     without_tools,
 )
 from server.policy.context import parse_truncation
-from server.policy.refusals import ModelNotFound, Unsupported
+from server.policy.refusals import ModelNotFound, Overloaded, Unsupported
 from server.policy.tenants import Tenant
 from server.policy.terms import TIMEOUT_HEADER, terms_of
+from server.serving.charging import Charging
+from server.serving.degradation import Degradation
 from server.serving.engine_slot import EngineSlot
+from server.serving.fallback import Fallback
 from server.serving.fitting import HistoryFitter, described
 from server.serving.queue import Gate
+from server.serving.recovery import Recovery
 from server.serving.requests import DryRun, OpenRequest, OpenRequests
 
 if TYPE_CHECKING:
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_FALLBACK_RETRY_AFTER_S: Final = 10.0
 CONTEXT_FIT_ROUTE: Final = "/v1/context/fit"
 CHAT_ROUTE: Final = "/v1/chat/completions"
 RESPONSES_ROUTE: Final = "/v1/responses"
@@ -42,6 +47,8 @@ MODELS_ROUTE: Final = "/v1/models"
 # Where a request may leave its cap open, and the field that holds it.
 _CAP_FIELDS: Final[Mapping[str, str]] = {CHAT_ROUTE: "max_completion_tokens", RESPONSES_ROUTE: "max_output_tokens"}
 _COUNT_ROUTE: Final = "/v1/messages/count_tokens"
+# These use nothing that a limit counts.
+_FREE_ROUTES: Final = frozenset({"/tokenize", "/detokenize", _COUNT_ROUTE})
 _FITTED_ROUTES: Final = frozenset(
     {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/completions", "/tokenize"}
 )
@@ -69,29 +76,51 @@ class BodyRules:
     max_tokens: MaxTokensDefaults
 
 
+@dataclass(frozen=True, slots=True)
+class Guards:
+    """What stands around the engine. `restart_wait_s`: how long a request waits while a dead one is replaced."""
+
+    gate: Gate
+    charging: Charging
+    recovery: Recovery
+    degradation: Degradation
+    fallback: Fallback
+    restart_wait_s: float
+
+
 class Service:
     """Answers calls on whichever stack serves now."""
 
     def __init__(
-        self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules, fitter: HistoryFitter, gate: Gate
+        self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules, fitter: HistoryFitter, guards: Guards
     ) -> None:
+        self._charging = guards.charging
         self.slot = slot
-        self._gate = gate
+        self._gate = guards.gate
         self.requests = requests
+        self.recovery = guards.recovery
         self._rules = rules
         self._fitter = fitter
+        self._degradation = guards.degradation
+        self._fallback = guards.fallback
+        self._restart_wait_s = guards.restart_wait_s
         closed = () if "headers" in rules.opened_fields else CLOSED_HEADERS
         self._closed_headers = frozenset(name.encode() for name in closed)
 
     @property
     def ready(self) -> bool:
         """Whether a new request would be served."""
-        return self.slot.ready and not self.requests.draining
+        return self.slot.ready and not self.requests.leaving
 
     @property
     def stage(self) -> str:
         """What the server is doing, for a person who asks."""
-        return "draining" if self.requests.draining else self.slot.stage
+        return "draining" if self.requests.leaving else self.slot.stage
+
+    @property
+    def limits_mode(self) -> str:
+        """Where limits are kept now: `redis` or `local`."""
+        return self._charging.mode
 
     async def model_cards(self, tenant: Tenant) -> list[dict[str, Any]]:
         """The served models and adapters as `/v1/models` lists them to a tenant."""
@@ -106,10 +135,16 @@ class Service:
         return self.slot.stack.body_schemas() if self.slot.ready else {}
 
     async def answer(self, call: Call, request: OpenRequest) -> Reply | StreamReply:
-        """Apply the body rules and run the operation. Raises `Refusal`."""
+        """Apply the level, the body rules and run the operation. Raises `Refusal`."""
         if call.route == CONTEXT_FIT_ROUTE:
             return await self._context_fit(call, request)
-        stack = self.slot.stack
+        if (canned := self._degradation.canned(call, request)) is not None:
+            return canned
+        call = self._degradation.apply(call, request)
+        if self._fallback and (reply := await self._elsewhere(call, request)) is not None:
+            return reply
+        await self.slot.wait(self._restart_wait_s)
+        request.stack = stack = self.slot.stack
         operation = stack.operation(call.method, call.route)
         if operation is None:
             message = f"The model `{stack.model_names[0]}` does not support {call.method} {call.route}."
@@ -119,8 +154,35 @@ class Service:
         if call.route in _GATED_ROUTES and call.body is not None:
             self._knock(call, call.body, stack, request)
         body = None if call.body is None else self._ruled(call, call.body, stack, request)
+        if call.method == "POST" and call.route not in _FREE_ROUTES:
+            request.model_name = request.model or stack.model_names[0]
+            self._charging.check(request)
         reply = await operation(replace(call, body=body, headers=self._headers(call, request)))
         return _own_models(reply, request.tenant) if call.route == MODELS_ROUTE else reply
+
+    async def engine_for(self, call: Call, request: OpenRequest) -> None:
+        """Wait while a dead engine is replaced, unless the call has somewhere else to go."""
+        if not (self._fallback and self._fallback.knows(call) and self._degradation.goes_to_fallback(request)):
+            await self.slot.wait(self._restart_wait_s)
+
+    async def _elsewhere(self, call: Call, request: OpenRequest) -> Reply | StreamReply | None:
+        """A fallback upstream's answer, or None where the engine is to give it. Raises `Overloaded`."""
+        if not self._fallback.knows(call):
+            return None
+        refuse_closed_fields(call.body or {}, self._rules.opened_fields)
+        _refuse_foreign_models(call.body or {}, self.slot.default_model, request.tenant)
+        self._charging.check(request)
+        if not self._degradation.goes_to_fallback(request):
+            if self.slot.down or not self._degradation.may_be_a_canary(call):
+                return None
+            return await self._fallback.canary(call, request)
+        reply = await self._fallback.answer(call, request)
+        if reply is None and self._degradation.ladder.chosen_by_hand and not self.slot.down:
+            raise Overloaded(
+                "The server is short of capacity, and no fallback answers. Please try again later.",
+                retry_after_s=_FALLBACK_RETRY_AFTER_S,
+            )
+        return reply
 
     async def _context_fit(self, call: Call, request: OpenRequest) -> Reply:
         """What fitting a chat would keep and drop, without generating anything."""

@@ -45,7 +45,7 @@ class TenantDesk:
 
     def __init__(
         self,
-        records: TenantRecords | None,
+        records: TenantRecords,
         declared: DeclaredTenants,
         access: Access,
         clock: Callable[[], float],
@@ -155,8 +155,6 @@ class TenantDesk:
     @asynccontextmanager
     async def _reaching(self) -> AsyncIterator[TenantRecords]:
         """The records; what changed in them counts in this process at once."""
-        if self._records is None:
-            raise StoreUnavailable("This server has no Redis to keep tenants in.")
         try:
             yield self._records
         except RedisUnavailable as error:

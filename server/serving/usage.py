@@ -13,15 +13,13 @@ _RETRY_AFTER_S: Final = 2.0
 
 
 class UsageDesk:
-    """Reads the book; without Redis there is none."""
+    """Reads the book."""
 
-    def __init__(self, book: UsageBook | None) -> None:
+    def __init__(self, book: UsageBook) -> None:
         self._book = book
 
     async def read(self, tenant: str, at: datetime | None = None) -> tuple[datetime, Usage]:
         """A moment (now), and the figures of its day and its month in UTC. Raises `StoreUnavailable`."""
-        if self._book is None:
-            raise StoreUnavailable("This server has no Redis to keep usage in.")
         moment = at or datetime.now(UTC)
         try:
             async with reached():

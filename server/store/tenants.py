@@ -109,7 +109,7 @@ class TenantRecords:
 
     async def _replace(self, expected: str, tenant: Tenant) -> bool:
         keys = (_tenant(tenant.name), _NAMES, _VERSION)
-        record = json.dumps(written(tenant))
+        record = json.dumps(written(tenant), separators=(",", ":"))
         async with reached():
             done = await self._redis.eval(_REPLACE, len(keys), *keys, expected, record, tenant.name, _new_version())
         return bool(done)

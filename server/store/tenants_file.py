@@ -27,7 +27,8 @@ from server.store.tenant_forms import Form, TenantForm, place, sentence
 
 _SHORTEST_KEY: Final = 16
 _HEADER: Final = re.compile(r"\s*\[+([^\]]+)\]+\s*(?:#.*)?$")
-_FIELD: Final = re.compile(r"\s*([A-Za-z0-9_\"'.-]+)\s*=")
+_FIELD: Final = re.compile(r"\s*([^=#\[\]{}]+?)\s*=")
+_NAME: Final = re.compile(r"\"([^\"]*)\"|'([^']*)'|([A-Za-z0-9_-]+)")
 
 
 class TenantsFileError(Exception):
@@ -159,4 +160,5 @@ def _line_of(text: str, path: tuple[str, ...]) -> int:
 
 
 def _names(dotted: str) -> tuple[str, ...]:
-    return tuple(name.strip().strip("\"'") for name in dotted.split("."))
+    """`tenants."team.b"` → `("tenants", "team.b")`."""
+    return tuple(next(filter(None, found), "") for found in _NAME.findall(dotted))

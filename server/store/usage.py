@@ -60,7 +60,7 @@ class UsageBook:
         self._client = client
 
     async def read(self, tenant: str, at: datetime | None = None) -> Usage:
-        """The figures of the day and the month around `at` (now). Raises `RedisError`."""
+        """The figures of the day and the month around `at` (now). Raises one of `FAILURES`."""
         moment = (at or datetime.now(UTC)).astimezone(UTC)
         return Usage(
             day=await self._figures(_day_key(tenant, moment)), month=await self._figures(_month_key(tenant, moment))

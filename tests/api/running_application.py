@@ -5,15 +5,16 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import uvicorn
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from server.app import Application, build_application
 from server.settings import Settings
-from server.store.connection import Client, connect
 from tests.serving.fake_stack import FakeStack
 
 if TYPE_CHECKING:  # the engine room imports vLLM
@@ -23,24 +24,24 @@ VERSIONS = {"tidegate": "1.2.3", "vllm": "0.32.0"}
 OPERATOR_KEY = "the-operators-own-key"
 # Tests share a busy machine; what happens when Redis is slow is tested where the clock is ours.
 _REDIS_TIMEOUT_S = 5.0
+_NO_FOLDER = Path("/nowhere")
 
 
 @contextmanager
 def running(stack: FakeStack | None = None, *, redis_url: str | None = None, **settings: Any) -> Iterator[httpx.Client]:
     """A client of an application that serves `stack`, or that still loads."""
-    redis = None if redis_url is None else connect(redis_url, _REDIS_TIMEOUT_S)
-    application = build_application(
-        Settings(**settings), VERSIONS, CollectorRegistry(), redis=redis, operator_key=OPERATOR_KEY
-    )
+    settings.setdefault("data_folder", _NO_FOLDER)
+    chosen = Settings(redis_url=redis_url, redis_timeout_s=_REDIS_TIMEOUT_S, **settings)
+    application = build_application(chosen, VERSIONS, CollectorRegistry(), OPERATOR_KEY)
     application.slot.enter("loading the model")
     if stack is not None:
         application.slot.fill(cast("Stack", stack))
-    with _served(application, redis) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+    with _served(application) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
         yield client
 
 
 @contextmanager
-def _served(application: Application, redis: Client | None) -> Iterator[str]:
+def _served(application: Application) -> Iterator[str]:
     config = uvicorn.Config(
         application.asgi, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1
     )
@@ -51,11 +52,11 @@ def _served(application: Application, redis: Client | None) -> Iterator[str]:
         await server.serve([listener])
         watching.cancel()
         await asyncio.wait({watching})
-        if redis is not None:
-            await redis.aclose()
+        await application.store.client.aclose()
+        await application.store.patient_client.aclose()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=asyncio.run, args=(serve(listener),))
+        thread = threading.Thread(target=uvloop.run, args=(serve(listener),))
         thread.start()
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -204,10 +204,6 @@ def test_tenants_of_the_file_are_shown_and_change_there_only(declared: httpx.Cli
     assert refusal(declared.post(TENANTS, json={"name": "fixed"})) == (409, "conflict", "name")
 
 
-def test_without_redis_the_operator_is_told_so(declared: httpx.Client) -> None:
-    assert refusal(declared.post(TENANTS, json={"name": "a"})) == (503, "store_unavailable", None)
-
-
 def test_a_redis_that_does_not_answer_is_said_with_a_time_to_come_back() -> None:
     with running(FakeStack({}), redis_url="redis://127.0.0.1:1") as client:
         answer = client.get(TENANTS, headers={"authorization": f"Bearer {OPERATOR_KEY}"})

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,13 +48,15 @@ class Replica:
     """One process's view of the keys in a Redis."""
 
     def __init__(self, redis: Redis | None, rule: OpenRule | None = None, file: Path | None = None) -> None:
+        rule = rule or OpenRule()
+        if redis is None:
+            redis, rule = cast(Redis, connect("unix:///nowhere")), replace(rule, never_stored=lambda: True)
         self.clock = Clock()
-        declared = DeclaredTenants(file)
-        self.line = None if redis is None else Line(redis)
-        records = None if redis is None else TenantRecords(cast(Redis, self.line))
-        self.declared = declared
-        self.access = Access(rule or OpenRule(), declared, records, self.clock)
-        self.desk = TenantDesk(records, declared, self.access, self.clock)
+        self.line = Line(redis)
+        self.declared = DeclaredTenants(file)
+        records = TenantRecords(cast(Redis, self.line))
+        self.access = Access(rule, self.declared, records, self.clock)
+        self.desk = TenantDesk(records, self.declared, self.access, self.clock)
 
     async def new_tenant(self, name: str, expires_in_s: float | None = None) -> str:
         """A tenant's key."""
@@ -70,7 +73,6 @@ class Replica:
 @contextmanager
 def cut_off(replica: Replica, nowhere: Redis) -> Iterator[None]:
     """Inside it, the replica's Redis does not answer."""
-    assert replica.line is not None
     connected, replica.line.redis = replica.line.redis, nowhere
     try:
         yield
@@ -193,6 +195,7 @@ async def test_known_keys_keep_working_while_redis_is_away_and_others_are_told_t
         assert refused.value.retry_after_s
         assert not await replica.takes("no key of ours")
         assert not await replica.takes("")
+    await replica.access.refresh()
     assert await replica.takes(unknown)
 
 
@@ -203,6 +206,39 @@ async def test_a_key_that_was_known_to_be_stale_when_redis_went_keeps_working(re
     await replica.new_tenant("other")  # now everything is to be looked up again
     with cut_off(replica, nowhere):
         assert await replica.takes(key)
+
+
+class Counting:
+    """A Redis that answers nobody, and counts who asks."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def get(self, name: str) -> None:
+        del name
+        self.asked += 1
+        raise TimeoutError
+
+
+async def test_a_redis_that_hangs_is_waited_for_by_one_request_and_not_by_each(redis: Redis) -> None:
+    replica, hung = Replica(redis), Counting()
+    key = await replica.new_tenant("search")
+    assert await replica.takes(key)
+    await replica.new_tenant("other")  # now everything is to be looked up again
+    with cut_off(replica, cast(Redis, hung)):
+        for _ in range(10):
+            assert await replica.takes(key)
+        assert hung.asked == 1
+        replica.clock.now_s += 1
+        assert await replica.takes(key)
+        assert hung.asked == 2
+
+
+async def test_a_redis_that_can_hold_nothing_need_not_answer_first(nowhere: Redis) -> None:
+    replica = Replica(nowhere, OpenRule(never_stored=lambda: True))
+    assert replica.access.open
+    assert await replica.takes("EMPTY")
+    assert not await replica.takes(new_key())
 
 
 async def test_a_known_key_expires_also_while_redis_is_away(redis: Redis, nowhere: Redis) -> None:

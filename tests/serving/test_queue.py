@@ -17,7 +17,7 @@ from server.serving.generation import Generation
 from server.serving.queue import Gate, Surroundings
 from server.serving.requests import OpenRequest, OpenRequests
 from server.telemetry.admission import AdmissionMetrics
-from tests.serving.fake_stack import FakeProgress, demand, new_fitter
+from tests.serving.fake_stack import FakeProgress, demand, new_charging, new_fitter
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +40,7 @@ class Bench:
         admission = Admission(Objectives({"default": self.ttft_slo_s, "critical": self.ttft_slo_s}))
         self.gate = Gate(admission, AdmissionMetrics(self.registry), Surroundings(jitter=lambda: 0.5))
         self.open()
-        self.generation = Generation(new_fitter(), self.gate)
+        self.generation = Generation(new_fitter(), self.gate, new_charging())
 
     def open(self) -> None:
         self.gate.open(Capacity(100_000, 16, self.places), UNLOADED)

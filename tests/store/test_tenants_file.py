@@ -104,6 +104,8 @@ def test_the_end_of_a_tenants_keys_is_a_date_or_a_time(tmp_path: Path, written: 
         ("[tenants.a]\nkeys=[{ env = 'KEY' }]\n[tenants.b]\nkeys=[{ env = 'KEY' }]", 3, ["`b`", "`a`", "as well"]),
         ("\n[tenants.anyone]", 2, ["anyone", "uses it itself"]),
         ("\n['tenants'.'a b']", 2, ["`a b`", "letters"]),
+        ("[tenants.a]\n[ tenants . 'a.b' ]\nclass = 5", 3, ["tenants.a.b.class"]),
+        ("[tenants.a]\nkeys = [\n  { env = 'KEY' },\n]\nrpm = 5", 5, ["rpm"]),
         ("[tenant.a]", 1, ["tenant", "no such field"]),
     ],
 )

@@ -1,0 +1,170 @@
+"""What the front-end costs per token and per request, over an engine that takes no time (`instant_engine.py`)."""
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import click
+
+from benchmarks import instant_engine, load
+from benchmarks.command import embedded_model
+from benchmarks.comparison import Comparison, Metric, Row, say
+from benchmarks.contenders import MODEL_NAME, PLAIN, TIDEGATE, Contender, Kind, shown_settings, started
+from benchmarks.load import Load
+
+_CPU: Final = Metric("cpu_us_per_token", "front-end µs CPU/token", "lower")
+_TTFT_P50: Final = Metric("ttft_p50_ms", "TTFT p50, ms", "lower")
+_TTFT_P99: Final = Metric("ttft_p99_ms", "TTFT p99, ms", "lower")
+_TOKENS: Final = Metric("tokens_per_s", "tokens/s", "higher")
+_REQUESTS: Final = Metric("requests_per_s", "requests/s", "higher")
+_REQUEST_CPU: Final = Metric("cpu_us_per_request", "front-end µs CPU/request", "lower")
+_STREAM_METRICS: Final = (_CPU, _TTFT_P50, _TTFT_P99)
+_ANSWER_METRICS: Final = (_REQUESTS, _REQUEST_CPU)
+_SATURATED_STEPS_PER_S: Final = 100_000
+
+Command = Callable[[str, int, Sequence[str]], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One measured load, at the step rate that the engine was started with."""
+
+    name: str
+    load: Load
+    metrics: Sequence[Metric]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A contender and the file in which its engine's stand-in accounts for itself."""
+
+    contender: Contender
+    cost_file: Path
+
+    def cpu_s(self) -> float:
+        return self.contender.front_cpu_s() - instant_engine.cost_s(self.cost_file)
+
+
+def _works(*, quick: bool) -> dict[int, list[Work]]:
+    """The loads by the engine's steps a second."""
+    tokens = 32 if quick else 128
+    streams = [1, 32, 256] if quick else [1, 32, 256, 1024]
+    paced = [Work(f"{n} streams", Load(n, n, tokens, True, seed=n), _STREAM_METRICS) for n in streams]
+    saturated = [
+        Work("saturated, 32 streams", Load(32, 64, 256, True, seed=3), (_CPU, _TOKENS)),
+        Work("answers of 1 token", Load(32, 400 if quick else 2000, 1, False, seed=5), _ANSWER_METRICS),
+    ]
+    return {25: paced, _SATURATED_STEPS_PER_S: saturated}
+
+
+@click.command("front-end")
+@click.option("--model", help="Model folder or name; only its configuration and tokenizer matter. [default: embedded]")
+@click.option("--quick", is_flag=True, help="Fewer tokens and no 1,024 streams: minutes.")
+@click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Pairs of turns.")
+@click.option("--noise", is_flag=True, help="Compare plain vLLM with itself.")
+@click.option("--json", "as_json", is_flag=True, help="Add one JSON object as the last line.")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- TIDEGATE FLAGS]")
+def command(model: str | None, quick: bool, pairs: int, noise: bool, as_json: bool, flags: tuple[str, ...]) -> None:
+    """CPU per streamed token, TTFT and requests/s of the front-end, over an engine that takes no time."""
+    model = model or embedded_model()
+    first = PLAIN if noise else TIDEGATE
+    rows: list[Row] = []
+    for steps_per_s, works in _works(quick=quick).items():
+        with ExitStack() as stack:
+            ours = stack.enter_context(_instant(first, model, steps_per_s, () if noise else flags))
+            theirs = stack.enter_context(_instant(PLAIN, model, steps_per_s, ()))
+            for measured in (ours, theirs):
+                measured.contender.wait_until_ready()
+            for work in works:
+                rows += _measure(work, ours, theirs, pairs)
+    settings = {**shown_settings(model, ()), "tidegate_flags": flags, "pairs": pairs}
+    note = "The engine's stand-in is not counted. Its steps: 25 a second, or as many as there are tokens to take."
+    comparison = Comparison((first.name, PLAIN.name), settings, rows, [note])
+    comparison.print()
+    if as_json:
+        click.echo(json.dumps({"benchmark": "front-end", **_headline(rows), **comparison.as_dict()}))
+
+
+def _headline(rows: Sequence[Row]) -> dict[str, float]:
+    """The ratios that matter most, under fixed names."""
+    wanted = {
+        ("32 streams", _CPU): "cpu_per_token_ratio",
+        ("saturated, 32 streams", _CPU): "cpu_per_token_ratio_saturated",
+        ("256 streams", _TTFT_P99): "ttft_p99_ratio_256",
+        ("answers of 1 token", _REQUESTS): "requests_per_s_ratio",
+    }
+    return {wanted[key]: statistics.median(row.ratios) for row in rows if (key := (row.load, row.metric)) in wanted}
+
+
+@contextmanager
+def _instant(kind: Kind, model: str, steps_per_s: int, flags: Sequence[str]) -> Iterator[Measured]:
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        cost_file = Path(folder) / "cost"
+        cost_file.write_bytes(bytes(8))
+        variables = {
+            instant_engine.COST_FILE_ENV: str(cost_file),
+            instant_engine.STEPS_PER_S_ENV: str(steps_per_s),
+        }
+        with _environment(variables), started(replace(kind, command=_command(kind)), model, flags) as contender:
+            yield Measured(contender, cost_file)
+
+
+def _command(kind: Kind) -> Command:
+    def command(model: str, port: int, flags: Sequence[str]) -> list[str]:
+        words = kind.command(model, port, flags)
+        skipped = words.index("serve") + 1 if kind.name == TIDEGATE.name else 3  # python -m MODULE
+        return [sys.executable, "-m", "benchmarks.instant_engine", kind.name, *words[skipped:]]
+
+    return command
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _measure(work: Work, ours: Measured, theirs: Measured, pairs: int) -> list[Row]:
+    warm_up = replace(work.load, requests=work.load.concurrency, max_tokens=min(4, work.load.max_tokens))
+    for measured in (ours, theirs):
+        _turn(measured, warm_up)
+    turns: list[tuple[dict[str, float], dict[str, float]]] = []
+    for number in range(pairs):
+        turn = replace(work.load, seed=1000 * (number + 1) + work.load.seed)
+        if number % 2 == 0:
+            pair = _turn(ours, turn), _turn(theirs, turn)
+        else:
+            second = _turn(theirs, turn)
+            pair = _turn(ours, turn), second
+        turns.append(pair)
+        key = work.metrics[0].key
+        say(f"{work.name}: pair {number + 1} of {pairs}, {key} ratio {pair[0][key] / pair[1][key]:.3f}")
+    return [
+        Row(work.name, metric, [a[metric.key] for a, _ in turns], [b[metric.key] for _, b in turns])
+        for metric in work.metrics
+    ]
+
+
+def _turn(measured: Measured, work: Load) -> dict[str, float]:
+    before_s = measured.cpu_s()
+    figures = asyncio.run(load.run(measured.contender.url, MODEL_NAME, work))
+    used_us = (measured.cpu_s() - before_s) * 1e6
+    figures[_CPU.key] = used_us / (work.requests * work.max_tokens)
+    figures[_REQUEST_CPU.key] = used_us / work.requests
+    return figures
