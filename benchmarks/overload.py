@@ -6,6 +6,7 @@ are within the objectives (goodput).
 """
 
 import asyncio
+import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -42,15 +43,15 @@ _LEAST_TPOT_S: Final = 0.05
 _CONCURRENCIES: Final = (1, 8, 16, 32)
 # Small enough that a plain server preempts: about 6,000 tokens of the embedded model.
 _KV_CACHE_BYTES: Final = 140 << 20
-_LIGHT_SHARE: Final = 0.05
+_LIGHT_SHARE: Final = 0.2
 _GRACE_FACTOR: Final = 2.0
 _BURSTINESS: Final = 3.0
 
 # Who asks. The light tenant asks at the same small rate under every load; the shares of the others fill the rest.
-HEAVY: Final = Caller("heavy", "default", 0.70)
-CRITICAL: Final = Caller("critical", "critical", 0.15)
-JOBS: Final = Caller("jobs", "batch", 0.15)
-LIGHT: Final = Caller("light", "default", 1.0)
+HEAVY: Final = Caller("heavy", "default", 0.70, "tg-bench-heavy-0123456789abcdef")
+CRITICAL: Final = Caller("critical", "critical", 0.15, "tg-bench-critical-0123456789abcdef")
+JOBS: Final = Caller("jobs", "batch", 0.15, "tg-bench-jobs-0123456789abcdef")
+LIGHT: Final = Caller("light", "default", 1.0, "tg-bench-light-0123456789abcdef")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +156,14 @@ def _mean_tpot_s(turn: Run) -> float:
 
 
 def _turns(contender: Contender, plan: Plan, found: Calibration) -> list[Measured]:
-    """The light tenant alone, then every load."""
+    """The light tenant alone, then beside a heavy one, then all of them at every load."""
     asyncio.run(_closed(contender.url, 4, 8))  # unmeasured: a first time is slower than the next
     light_rate = _LIGHT_SHARE * found.capacity_per_s
-    measured = [
-        _turn(contender, 0.0, Traffic(4 * light_rate, plan.duration_s, (LIGHT,), seed), found) for seed in plan.seeds
-    ]
+    alone = Traffic(light_rate, plan.duration_s, (LIGHT,), 0)
+    pair = (replace(HEAVY, share=max(plan.loads) * found.capacity_per_s - light_rate), replace(LIGHT, share=light_rate))
+    beside = replace(alone, rate_per_s=max(plan.loads) * found.capacity_per_s, callers=pair)
+    measured = [_turn(contender, 0.0, replace(alone, seed=seed), found) for seed in plan.seeds]
+    measured += [_turn(contender, max(plan.loads), replace(beside, seed=seed), found) for seed in plan.seeds]
     for load in plan.loads:
         for burstiness in (1.0, _BURSTINESS) if plan.bursts else (1.0,):
             for seed in plan.seeds:
@@ -177,7 +180,8 @@ def _turn(contender: Contender, load: float, traffic: Traffic, found: Calibratio
     before = _preemptions(contender.url)
     arrivals = traffic.arrivals()
     turn = asyncio.run(open_loop.run(contender.url, arrivals, grace_s=_GRACE_FACTOR * found.objective.ttft_s))
-    measured = Measured(contender.name, load, traffic.burstiness, traffic.duration_s, turn)
+    callers = tuple(caller.name for caller in traffic.callers)
+    measured = Measured(contender.name, load, traffic.burstiness, traffic.duration_s, callers, turn)
     measured.preemptions = _preemptions(contender.url) - before
     seen = measured.as_dict(found.objective)
     said = f"{seen['goodput_per_s']:.2f}/s good, {seen['refused']} refused of {len(arrivals)}"
@@ -192,9 +196,18 @@ def _preemptions(url: str) -> int:
 
 
 def tenant_flags(folder: Path) -> list[str]:
-    """The flags that make a server know the benchmark's callers."""
-    del folder
-    return []
+    """The flags that make a server know the benchmark's callers, without limits; plain vLLM takes any key."""
+    declared = [
+        f'[tenants.{caller.name}]\nclass = "{caller.traffic_class}"\nkeys = [{{ sha256 = "{_digest(caller.key)}" }}]\n'
+        for caller in (HEAVY, CRITICAL, JOBS, LIGHT)
+    ]
+    tenants = folder / "tenants.toml"
+    tenants.write_text("\n".join(declared), encoding="utf-8")
+    return ["--tenants-file", str(tenants), "--data-folder", str(folder / "data")]
+
+
+def _digest(key: str | None) -> str:
+    return hashlib.sha256((key or "").encode()).hexdigest()
 
 
 @click.command("overload")

@@ -136,7 +136,7 @@ class Overload(BaseModel):
     """Overload"""
 
     ttft_slo_s: ByClass = Field(
-        None, description="Seconds to the first token, waiting included: one number, or critical=2,default=5,batch=600. "
+        None, description="Seconds to the first token, waiting included: a number, or critical=2,default=5,batch=600. "
         "Unset: 5 times the unloaded figure, at least 5.",
         json_schema_extra={"flag": "--ttft-slo"},
     )  # fmt: skip

@@ -72,6 +72,15 @@ class _Line:
         self.max_tokens += sign * ask.max_tokens * ask.sequences
         self.cost += sign * ticket.cost
 
+    def up_to(self, priority: int) -> "_Line":
+        """The part of the line before a new request of this priority."""
+        if not self.tickets or self.tickets[-1].priority <= priority:
+            return self
+        part = _Line([ticket for ticket in self.tickets if ticket.returned or ticket.priority <= priority])
+        for ticket in part.tickets:
+            part.change(ticket, 1)
+        return part
+
     def head(self, *, newest_first: bool) -> Ticket:
         """What is next in this line. Put-back work stays in front, and a client's own order is kept."""
         first = self.tickets[0]
@@ -101,9 +110,18 @@ class Backlog:
         """How many of a class wait."""
         return sum(len(line.tickets) for line in self._lines.get(traffic_class, _NO_LINES).values())
 
+    def all_tenants(self) -> set[str]:
+        """Who waits, in any class."""
+        return {name for lines in self._lines.values() for name in lines}
+
     def tenants(self, traffic_class: TrafficClass) -> list[str]:
         """Who waits in a class."""
         return list(self._lines.get(traffic_class, _NO_LINES))
+
+    def longest(self, traffic_class: TrafficClass) -> str:
+        """Who has most waiting in a class; an empty name where nobody waits."""
+        lines = self._lines.get(traffic_class, _NO_LINES)
+        return max(lines, key=lambda tenant: lines[tenant].cost, default="")
 
     def first_class(self) -> TrafficClass | None:
         """The highest class in which somebody waits."""
@@ -129,8 +147,7 @@ class Backlog:
 
     def welcome(self, tenant: str) -> None:
         """Lift the counter of a tenant that is about to wait and did not before."""
-        waiting = {name for lines in self._lines.values() for name in lines}
-        if tenant not in waiting:
+        if tenant not in (waiting := self.all_tenants()):
             self._counters.arrived(tenant, waiting)
 
     def head(self, traffic_class: TrafficClass, tenants: list[str], *, newest_first: bool) -> Ticket:
@@ -138,22 +155,22 @@ class Backlog:
         line = self._lines[traffic_class][self._counters.next_of(tenants)]
         return line.head(newest_first=newest_first)
 
-    def ahead_of(self, traffic_class: TrafficClass, tenant: str) -> Ahead:
+    def ahead_of(self, traffic_class: TrafficClass, tenant: str, priority: int = 0) -> Ahead:
         """What a new request of this tenant would have before it, served oldest first.
 
-        Higher classes as a whole; of its own class what fair turns serve before its turn comes.
+        Higher classes as a whole; of its own class what fair turns serve before its turn comes; of its own line what
+        its client did not put behind it.
         """
         ahead = Ahead()
         for name in TRAFFIC_CLASSES[: TRAFFIC_CLASSES.index(traffic_class)]:
             for line in self._lines.get(name, _NO_LINES).values():
                 ahead.add(line, 1.0)
         lines = self._lines.get(traffic_class, _NO_LINES)
-        own = lines.get(tenant)
-        own_turn = self._counters[tenant] + (own.cost if own is not None else 0.0)
+        own = lines[tenant].up_to(priority) if tenant in lines else _Line()
+        ahead.add(own, 1.0)
+        own_turn = self._counters[tenant] + own.cost
         for other, line in lines.items():
             if other != tenant:
                 gap = own_turn - self._counters[other]
                 ahead.add(line, min(1.0, gap / line.cost) if line.cost > 0 < gap else float(gap > 0))
-            else:
-                ahead.add(line, 1.0)
         return ahead

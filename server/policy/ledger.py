@@ -1,5 +1,6 @@
 """What the engine's running requests hold: KV tokens promised to them, and places."""
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -8,13 +9,16 @@ from server.policy.reservations import CLASS_SHARES, Capacity
 from server.policy.tenants import TrafficClass
 
 _MAX_EVICTIONS: Final = 3
+# Shares of the running cap, as `CLASS_SHARES` are of the KV cache.
+_PLACES: Final[Mapping[TrafficClass, float]] = {**CLASS_SHARES, "critical": 1.3}
+_FAVOURED_PLACES: Final = 1.15
 
 
 @dataclass(eq=False, slots=True)
 class Held:
-    """A request that was let in. `prompt_tokens` of the `reserved` ones are filled once it has produced.
+    """A request that was let in. `prompt_tokens` of the `reserved` ones are filled once it is `prefilled`.
 
-    `evicted`: it was told to give its place up.
+    `streamed`: its client has seen some of the answer. `evicted`: it was told to give its place up.
     """
 
     ticket: Ticket
@@ -22,19 +26,20 @@ class Held:
     sequences: int
     prompt_tokens: int
     admitted_s: float
-    produced: bool = False
+    prefilled: bool = False
+    streamed: bool = False
     evicted: bool = False
 
     @property
     def unfilled(self) -> int:
         """KV tokens promised and surely not in use yet."""
-        return self.reserved - (min(self.prompt_tokens, self.reserved) if self.produced else 0)
+        return self.reserved - (min(self.prompt_tokens, self.reserved) if self.prefilled else 0)
 
     @property
     def evictable(self) -> bool:
         """Batch work that has streamed nothing loses only time. A few times, so that it ends one day."""
         batch = self.ticket.traffic_class == "batch"
-        return batch and not self.produced and not self.evicted and self.ticket.returned < _MAX_EVICTIONS
+        return batch and not self.streamed and not self.evicted and self.ticket.returned < _MAX_EVICTIONS
 
 
 class Ledger:
@@ -44,7 +49,8 @@ class Ledger:
         self._held: dict[int, Held] = {}
         self.reserved = 0
         self.sequences = 0
-        self.unproduced = 0  # sequences whose request has produced nothing yet
+        self.prefilling = 0  # sequences whose prompt is not in the KV cache yet
+        self.prefilling_tokens = 0  # and the tokens of these prompts
         self._unfilled = 0
         self._admitted_s = 0.0
         self._by_tenant: dict[str, int] = {}
@@ -56,28 +62,33 @@ class Ledger:
         """How many requests of a class run."""
         return sum(held.ticket.traffic_class == traffic_class for held in self._held.values())
 
-    def runs(self, tenant: str) -> bool:
-        """Whether a tenant has anything running."""
-        return tenant in self._by_tenant
+    def equal_part(self, tenant: str, waiting: Set[str], limit: int) -> int:
+        """An equal part of `limit` places for a tenant among all that run or wait; 0 where there is no other."""
+        tenants = len(self._by_tenant.keys() | waiting | {tenant})
+        return max(1, limit // tenants) if tenants > 1 else 0
+
+    def places_of(self, tenant: str) -> int:
+        """How many sequences of a tenant run."""
+        return self._by_tenant.get(tenant, 0)
 
     def admit(self, held: Held) -> None:
         self._held[held.ticket.number] = held
         self.reserved += held.reserved
         self.sequences += held.sequences
-        self.unproduced += held.sequences
+        self._prefilling(held, 1)
         self._unfilled += held.unfilled
         self._admitted_s += held.admitted_s
         tenant = held.ticket.tenant
-        self._by_tenant[tenant] = self._by_tenant.get(tenant, 0) + 1
+        self._by_tenant[tenant] = self._by_tenant.get(tenant, 0) + held.sequences
 
-    def produced(self, held: Held) -> None:
-        """Its first output came: its prompt is in the KV cache."""
-        if held.produced or held.ticket.number not in self._held:
+    def prefilled(self, held: Held) -> None:
+        """Its prompt is in the KV cache."""
+        if held.prefilled or held.ticket.number not in self._held:
             return
         self._unfilled -= held.unfilled
-        held.produced = True
+        held.prefilled = True
         self._unfilled += held.unfilled
-        self.unproduced -= held.sequences
+        self._prefilling(held, -1)
 
     def release(self, held: Held) -> bool:
         """Give back what it holds. Returns False when that was done before."""
@@ -86,14 +97,18 @@ class Ledger:
         self.reserved -= held.reserved
         self.sequences -= held.sequences
         self._unfilled -= held.unfilled
-        if not held.produced:
-            self.unproduced -= held.sequences
+        if not held.prefilled:
+            self._prefilling(held, -1)
         tenant = held.ticket.tenant
-        self._by_tenant[tenant] -= 1
+        self._by_tenant[tenant] -= held.sequences
         if not self._by_tenant[tenant]:
             del self._by_tenant[tenant]
         self._admitted_s = self._admitted_s - held.admitted_s if self._held else 0.0
         return True
+
+    def _prefilling(self, held: Held, sign: int) -> None:
+        self.prefilling += sign * held.sequences
+        self.prefilling_tokens += sign * held.ticket.ask.prompt_tokens
 
     def promised(self, used_tokens: float) -> float:
         """KV tokens that are spoken for, where `used_tokens` are in use by the engine's own count.
@@ -122,17 +137,16 @@ class Ledger:
         return sum(held.reserved for held in self._held.values() if held.evicted)
 
 
-def places(traffic_class: TrafficClass, limit: int, *, first_of_tenant: bool) -> int:
-    """How many of `limit` places may be taken while a request of this class is let in.
+def places(traffic_class: TrafficClass, limit: int, most: int, *, favoured: bool) -> int:
+    """How many sequences may run while a request of this class is let in, if `limit` keep the pace and `most` fit.
 
-    A tenant with nothing running may use the room that its class leaves to higher ones, so that its wait does not
-    depend on how long the others' answers are. Batch work never does.
+    The limit is about speed and not about memory: who goes first may pass it by a little, and it falls for the others
+    until the pace is right again.
     """
-    share = 1.0 if first_of_tenant and traffic_class != "batch" else CLASS_SHARES[traffic_class]
-    return max(1, int(share * limit))
+    share = _FAVOURED_PLACES if favoured and traffic_class == "default" else _PLACES[traffic_class]
+    return max(1, min(int(share * limit), most))
 
 
-def kv_room(traffic_class: TrafficClass, capacity: Capacity, *, first_of_tenant: bool) -> int:
-    """KV tokens that may be promised while a request of this class is let in; as with `places`."""
-    express = first_of_tenant and traffic_class == "default"
-    return capacity.kv_limit("critical" if express else traffic_class)
+def kv_room(traffic_class: TrafficClass, capacity: Capacity, *, favoured: bool) -> int:
+    """KV tokens that may be promised while a request of this class is let in."""
+    return capacity.kv_limit("critical" if favoured and traffic_class == "default" else traffic_class)

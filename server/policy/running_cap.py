@@ -12,7 +12,10 @@ _FIRST_CAP: Final = 8
 _ITL_WEIGHT: Final = 0.1
 # One stalled step says nothing about how many streams fit: it counts as this many objectives at most.
 _MOST_ITL: Final = 2.0
-_LOW_WATER: Final = 0.9  # of the objective: below it there is room for one more
+# Shares of the objective: above the first the cap is lowered, below the second there is room for one more. A cap whose
+# mean lies at the objective itself would let half of the streams miss it; at 0.8 a few in a hundred do.
+_HIGH_WATER: Final = 0.8
+_LOW_WATER: Final = 0.7
 _DECREASE: Final = 0.8
 _FAR_BELOW: Final = 0.5  # of the objective: below it growth is multiplicative again
 _GROWTH: Final = 1.5
@@ -41,8 +44,8 @@ class RunningCap:
     def stepped(self, itl_s: float | None, running: int, tpot_slo_s: float, *, wanted: bool) -> "RunningCap":
         """After one engine step whose streams waited `itl_s` for their tokens (None: it had no stream).
 
-        `wanted`: requests wait for a place. A limit that nobody reaches is not raised, and one that is not yet obeyed
-        is not lowered again: what runs over it has to end first.
+        `wanted`: somebody would have run but for the limit. One that stops nobody is not raised, and one that is not
+        yet obeyed is not lowered again: what runs over it has to end first.
         """
         smoothed = self.itl_s
         if itl_s is not None:
@@ -51,7 +54,7 @@ class RunningCap:
         cap = replace(self, itl_s=smoothed, steps_to_settle=max(0, self.steps_to_settle - 1))
         if cap.steps_to_settle:
             return cap
-        if smoothed > tpot_slo_s and running and running <= self.limit:
+        if smoothed > _HIGH_WATER * tpot_slo_s and running and running <= self.limit:
             return cap._limited(int(_DECREASE * min(self.limit, running)), starting=False)
         if smoothed < _LOW_WATER * tpot_slo_s and wanted:
             fast = self.starting or smoothed < _FAR_BELOW * tpot_slo_s

@@ -72,7 +72,7 @@ class Generation:
                         async for output in running.generator:
                             if not begun:
                                 begun = request.producing = True
-                                slot.produced()
+                                slot.streamed()
                             yield output
                             running.consumer = asyncio.current_task()
                     except asyncio.CancelledError:

@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +23,7 @@ from server.policy.ledger import Held
 from server.policy.objectives import Unloaded
 from server.policy.refusals import InvalidRequest, Overloaded
 from server.policy.reservations import Ask, Capacity, exceeds_cache
+from server.policy.terms import Terms
 from server.serving.requests import OpenRequest
 from server.telemetry.admission import AdmissionMetrics
 
@@ -33,6 +34,11 @@ log = structlog.get_logger(__name__)
 
 _POSITION: Final = "x-queue-position"
 _WAIT: Final = "x-queue-wait"
+_LOOK_AGAIN_S: Final = 0.5
+_TIMER_RESOLUTION_S: Final = 0.01  # an event loop's timer may be early by some milliseconds
+# A call of many prompts is taken or refused by its first one. The others may take their time, and let other calls of
+# the same tenant pass.
+_PATIENCE_OF_THE_REST_S: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +61,15 @@ class Gate:
         self.clock, self._jitter = around.clock, around.jitter
         self._waiting: dict[int, Slot] = {}
         self._running: dict[int, Slot] = {}
+        self._prefilling: dict[int, Slot] = {}
+        self._closed_s: float | None = None
         metrics.watch(admission)
 
     def open(self, capacity: Capacity, unloaded: Unloaded | None) -> None:
         """An engine of this capacity serves from now on."""
+        if self._closed_s is not None:
+            self.admission.postpone(self.clock() - self._closed_s)
+            self._closed_s = None
         self.admission.open(capacity, unloaded)
         log.info(
             "gate open",
@@ -66,15 +77,21 @@ class Gate:
             max_running=capacity.max_running,
             ttft_slo_s=round(self.admission.objectives.ttft("default", unloaded), 3),
             tpot_slo_s=round(self.admission.objectives.tpot(unloaded), 4),
+            unloaded=None if unloaded is None else asdict(unloaded),
         )
         self._let_in()
 
     def close(self) -> None:
-        """The engine is gone: what waits goes on waiting, until its deadline or the next `open`."""
+        """The engine is gone: what waits goes on waiting until the next `open`, and its deadline waits as well."""
         self.admission.close()
+        self._closed_s = self.clock()
 
     def stepped(self, step: Step) -> None:
         """Take in the figures of one engine step."""
+        for slot in tuple(self._prefilling.values()):
+            if slot.held is not None and slot.prefilled:
+                self.admission.prefilled(slot.held)
+                del self._prefilling[slot.held.ticket.number]
         self.admission.stepped(step)
         self._metrics.stepped(step)
         if self._waiting:
@@ -87,7 +104,7 @@ class Gate:
 
     def knock(self, request: OpenRequest, least_prompt_tokens: int) -> None:
         """The cheap question before anything is tokenized. Raises `Overloaded` for what would surely be refused."""
-        request.arrived_s = now_s = self.clock()
+        request.arrived_s, request.at_gate = (now_s := self.clock()), 0
         ask, tenant = Ask(least_prompt_tokens, 0), request.tenant.name
         self.admission.backlog.welcome(tenant)
         if (shed := self.admission.refuses(request.terms, tenant, ask, 0.0, now_s)) is not None:
@@ -106,7 +123,7 @@ class Gate:
         if request.producing:
             self._put_in(slot, self.admission.rush(request.tenant.name, request.terms, ask, now_s))
             return
-        verdict = self.admission.arrive(request.terms, request.tenant.name, ask, request.arrived_s, now_s)
+        verdict = self.admission.arrive(_terms(request), request.tenant.name, ask, request.arrived_s, now_s)
         if isinstance(verdict, Shed):
             raise self._refusal(verdict, request, "arrival")
         self._queue(slot, verdict.ticket)
@@ -128,14 +145,18 @@ class Gate:
             self.admission.leave(slot.ticket)
         if slot.held is not None:
             self._running.pop(slot.held.ticket.number, None)
+            self._prefilling.pop(slot.held.ticket.number, None)
             self.admission.release(slot.held, slot.consumed(), self.clock())
             slot.held = None
         if self._waiting:
             self._let_in()
 
     def expire(self, slot: Slot) -> None:
-        """The last moment at which starting this one made sense has passed."""
-        if slot.ticket is not None and self._waiting.pop(slot.ticket.number, None) is not None:
+        """The last moment at which starting this one made sense has passed, or was postponed."""
+        early = slot.ticket is not None and slot.ticket.deadline_s > self.clock() + _TIMER_RESOLUTION_S
+        if self._closed_s is not None or early:
+            slot.timer = asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self.expire, slot)
+        elif slot.ticket is not None and self._waiting.pop(slot.ticket.number, None) is not None:
             self.admission.leave(slot.ticket)
             self._turn_away(slot, self.admission.expired(slot.ticket, self.clock()))
 
@@ -158,7 +179,7 @@ class Gate:
 
     def _put_in(self, slot: Slot, held: Held) -> None:
         slot.held = held
-        self._running[held.ticket.number] = slot
+        self._running[held.ticket.number] = self._prefilling[held.ticket.number] = slot
         waited_s = max(0.0, held.admitted_s - (slot.request.arrived_s or held.admitted_s))
         slot.request.headers[_WAIT] = f"{waited_s:.3f}"
         slot.request.headers.setdefault(_POSITION, "0")
@@ -194,6 +215,14 @@ class Gate:
             retry_after_s=after_s,
             should_retry=not shed.hopeless,
         )
+
+
+def _terms(request: OpenRequest) -> Terms:
+    """The terms of the next engine request of a call."""
+    request.at_gate += 1
+    if request.at_gate == 1:
+        return request.terms
+    return replace(request.terms, timeout_s=_PATIENCE_OF_THE_REST_S, priority=request.terms.priority + 1)
 
 
 class Slot:
@@ -234,10 +263,15 @@ class Slot:
         """What the engine did for it."""
         return Consumed(self._progress.completion_tokens, self._progress.cached_tokens, self.finished)
 
-    def produced(self) -> None:
-        """The first output came."""
+    @property
+    def prefilled(self) -> bool:
+        """Whether the engine is through with the prompt."""
+        return self._progress.prefilled
+
+    def streamed(self) -> None:
+        """The client gets the first of it: from now on it can no longer be put back."""
         if self.held is not None:
-            self._gate.admission.produced(self.held)
+            self.held.streamed = True
 
     def give_up(self) -> None:
         """Interrupt whoever waits for this request's first output."""

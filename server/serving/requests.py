@@ -112,7 +112,7 @@ class OpenRequest:
     `model` is the one that the client named, `model_name` the one that answers.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
     `tenant` owns it; `end_user` is whom a trusted tenant sent it for; `account` is what they were charged. `terms` are
-    how it waits, `arrived_s` since when on the gate's clock.
+    how it waits, `arrived_s` since when on the gate's clock, `at_gate` how many engine requests came to the gate.
     `stack` is what it runs on, `exposed` whether it has reached that stack's engine, `woken` that it was told of the
     engine's death by a cancellation, and `deaths` how many engines have died with it inside. `wish` is what the client
     thinks of a degraded answer, and `context_factor` the share of the context budget that its history may fill.
@@ -137,6 +137,7 @@ class OpenRequest:
     running: set[Work] = field(default_factory=set)
     terms: Terms = DEFAULT_TERMS
     arrived_s: float | None = None
+    at_gate: int = 0
     detached: bool = False
     letting_go: bool = False
     stack: Stack | None = None
@@ -191,6 +192,7 @@ class OpenRequest:
             model=self.model,
             model_name=self.model_name,
             asked_max_tokens=self.asked_max_tokens,
+            terms=self.terms,
         )
 
     def edited(self, edits: Edits) -> None:

@@ -8,9 +8,12 @@ import pytest
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.inputs.engine import tokens_input
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from server.engine.progress import FollowedOutputProcessor
 from server.engine.seams import SeamedEngine, SeamedRenderer
@@ -69,6 +72,8 @@ def test_the_installed_vllm_is_the_pinned_version() -> None:
         (OutputProcessor.add_request, _ADD_REQUEST),
         (FollowedOutputProcessor.add_request, _ADD_REQUEST),
         (EngineClient.check_admission, ["n", "request_id"]),
+        (StatLoggerBase.record, ["scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"]),
+        (tokens_input, ["prompt_token_ids", "prompt", "cache_salt"]),
         (OpenAIServingChat.chat_completion_stream_generator, _CHAT_STREAM),
         (OpenAIServingCompletion.completion_stream_generator, _COMPLETION_STREAM),
     ],
@@ -133,6 +138,17 @@ def test_vllm_calls_generate_without_awaiting_it() -> None:
     """`SeamedEngine.generate` is a plain call that returns an async generator, as vLLM's callers expect."""
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
     assert not inspect.iscoroutinefunction(SeamedEngine.generate)
+
+
+def test_a_steps_statistics_have_the_figures_that_the_gate_is_steered_by() -> None:
+    """vLLM says itself that these classes are no stable interface."""
+    scheduled, done = SchedulerStats(), IterationStats()
+    for name in ("num_running_reqs", "num_waiting_reqs", "num_skipped_waiting_reqs", "kv_cache_usage"):
+        assert getattr(scheduled, name) == 0
+    for name in ("inter_token_latencies_iter", "time_to_first_tokens_iter", "finished_requests"):
+        assert getattr(done, name) == []
+    assert (done.num_preempted_reqs, done.num_generation_tokens) == (0, 0)
+    assert (done.prompt_token_stats.computed, done.prompt_token_stats.cached_tokens) == (0, 0)
 
 
 def test_the_engines_life_can_be_watched_and_ended() -> None:

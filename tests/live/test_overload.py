@@ -1,10 +1,12 @@
 """More requests than a real engine may run at once: two at a time, in a small KV cache."""
 
+import hashlib
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,21 @@ _KV_BYTES = 8 << 20
 _PLACES = 2
 _SLOW_READER_TIMEOUT_S = 2
 _LONG: dict[str, Any] = {"max_tokens": 1500, "ignore_eos": True, "stream": True}
+_KEYS = {name: f"tg-test-{name}-0123456789abcdef" for name in ("person", "vip", "jobs")}
+_CLASSES = {"person": "default", "vip": "critical", "jobs": "batch"}
 _SHORT: dict[str, Any] = {"max_tokens": 4, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory, tiny_tools_model: Path) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("overload")
+    tenants = folder / "tenants.toml"
+    tenants.write_text("".join(map(_declared, _KEYS)), encoding="utf-8")
     running = start_server(
-        tmp_path_factory.mktemp("overload"), str(tiny_tools_model), "--served-model-name", "tiny",
+        folder, str(tiny_tools_model), "--served-model-name", "tiny",
         "--max-num-seqs", str(_PLACES), "--block-size", "32", "--kv-cache-memory-bytes", str(_KV_BYTES),
         "--ttft-slo", "30", "--tpot-slo", "5", "--slow-reader-timeout", str(_SLOW_READER_TIMEOUT_S),
+        "--tenants-file", str(tenants), "--data-folder", str(folder / "data"),
         environment={"VLLM_CPU_KVCACHE_SPACE": ""},
     )  # fmt: skip
     running.wait_until_ready()
@@ -35,8 +43,19 @@ def busy(tmp_path_factory: pytest.TempPathFactory, tiny_tools_model: Path) -> It
     running.kill()
 
 
-def _ask(server: RunningServer, text: str = "Hi", headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+def _declared(tenant: str) -> str:
+    digest = hashlib.sha256(_KEYS[tenant].encode()).hexdigest()
+    return f'[tenants.{tenant}]\nclass = "{_CLASSES[tenant]}"\nkeys = [{{ sha256 = "{digest}" }}]\n\n'
+
+
+def _key(tenant: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {_KEYS[tenant]}"}
+
+
+def _ask(server: RunningServer, text: str = "Hi", who: str = "person", **body: Any) -> httpx.Response:
     asked = {"messages": [{"role": "user", "content": text}], **body}
+    headers = {**_key(who), **body.pop("headers", {})}
+    asked.pop("headers", None)
     return httpx.post(f"{server.url}/v1/chat/completions", json=asked, headers=headers, timeout=120)
 
 
@@ -52,8 +71,8 @@ def _until(reached: Callable[[], bool], timeout_s: float = 20.0) -> None:
 class Holding:
     """Takes every place with streams that go on until the block is left."""
 
-    def __init__(self, server: RunningServer, streams: int = _PLACES) -> None:
-        self._server, self._streams = server, streams
+    def __init__(self, server: RunningServer, streams: int = _PLACES, who: str = "person", **body: Any) -> None:
+        self._server, self._streams, self._who, self._body = server, streams, who, {**_LONG, **body}
         self._leave = threading.Event()
 
     def __enter__(self) -> None:
@@ -69,18 +88,17 @@ class Holding:
 
     def _hold(self) -> None:
         while not self._leave.is_set():
-            body = {"messages": [{"role": "user", "content": "Go on"}], **_LONG}
-            with httpx.stream("POST", f"{self._server.url}/v1/chat/completions", json=body, timeout=120) as response:
+            body = {"messages": [{"role": "user", "content": "Go on"}], **self._body}
+            url, key = f"{self._server.url}/v1/chat/completions", _key(self._who)
+            with httpx.stream("POST", url, json=body, headers=key, timeout=120) as response:
                 for _ in response.iter_raw():
                     if self._leave.is_set():
                         break
 
 
 def _idle(server: RunningServer) -> bool:
-    held = [
-        server.metric(f"tidegate_{name}") for name in ("requests_running", "requests_waiting", "kv_reserved_tokens")
-    ]
-    return held == [0, 0, 0]
+    names = ("requests_running", "requests_waiting", "kv_reserved_tokens")
+    return [server.metric(f"tidegate_{name}") for name in names] == [0, 0, 0]
 
 
 def test_the_gate_opens_with_the_engines_real_capacity(busy: RunningServer) -> None:
@@ -120,15 +138,54 @@ def test_flexible_work_is_served_after_everything_that_came_later(busy: RunningS
     assert sorted(ends, key=lambda name: ends[name])[-1].startswith("flex")
 
 
+def test_critical_requests_go_before_everybody_who_waits(busy: RunningServer) -> None:
+    ends: dict[str, float] = {}
+
+    def ask(name: str, who: str) -> None:
+        assert _ask(busy, who=who, **{**_SHORT, "max_tokens": 100}).status_code == 200
+        ends[name] = time.monotonic()
+
+    with ThreadPoolExecutor(8) as pool:
+        with Holding(busy):
+            jobs = [pool.submit(ask, f"person{i}", "person") for i in range(4)]
+            jobs += [pool.submit(ask, f"jobs{i}", "jobs") for i in range(2)]
+            _until(lambda: busy.metric("tidegate_requests_waiting") >= 6)
+            jobs.append(pool.submit(ask, "vip", "vip"))
+            _until(lambda: busy.metric('tidegate_requests_waiting{class="critical"}') == 1)
+        for job in jobs:
+            job.result()
+    order = sorted(ends, key=lambda name: ends[name])
+    assert "vip" in order[:2]
+    assert all(name.startswith("jobs") for name in order[-2:])
+
+
+def test_a_critical_request_drives_out_batch_work_that_then_starts_again(busy: RunningServer) -> None:
+    before = busy.metric("tidegate_batch_evictions_total")
+    work: dict[str, Any] = {"max_tokens": 1200, "ignore_eos": True}  # not streamed: its client has seen nothing of it
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(_ask, busy, who="jobs", **work) for _ in range(_PLACES)]
+        _until(lambda: busy.metric('tidegate_requests_running{class="batch"}') >= 1)
+        started_s = time.monotonic()
+        asked = {**_SHORT, "max_tokens": 300}
+        answers = list(pool.map(lambda _: _ask(busy, who="vip", **asked), range(_PLACES)))
+        took_s = time.monotonic() - started_s
+        assert {answer.status_code for answer in answers} == {200}
+        assert all(job.result().json()["usage"]["completion_tokens"] == 1200 for job in jobs)
+    assert busy.metric("tidegate_batch_evictions_total") > before
+    assert took_s < 30
+    _until(lambda: _idle(busy))
+
+
 def test_a_storm_of_disconnects_leaves_exactly_nothing_reserved(busy: RunningServer) -> None:
     def leave_early(patience_s: float) -> None:
+        """Hang up while the request waits, or is in prefill, or streams."""
         body = {"messages": [{"role": "user", "content": "word " * 400}], **_LONG}
-        with pytest.raises(httpx.TimeoutException):  # it waits, prefills or streams when the client hangs up
-            with httpx.stream("POST", f"{busy.url}/v1/chat/completions", json=body, timeout=patience_s) as response:
-                started_s = time.monotonic()
-                for _ in response.iter_raw():
-                    if time.monotonic() - started_s > patience_s:
-                        raise httpx.ReadTimeout("enough")
+        url, leaves_s = f"{busy.url}/v1/chat/completions", time.monotonic() + patience_s
+        stream = httpx.stream("POST", url, json=body, headers=_key("person"), timeout=patience_s)
+        with suppress(httpx.TimeoutException), stream as response:
+            for _ in response.iter_raw():
+                if time.monotonic() > leaves_s:
+                    return
 
     with ThreadPoolExecutor(24) as pool:
         list(pool.map(leave_early, [0.03 * i + 0.02 for i in range(48)]))
@@ -162,7 +219,7 @@ def test_a_timeout_that_is_no_number_is_a_400(busy: RunningServer) -> None:
 def test_several_prompts_of_one_call_share_a_single_place(busy: RunningServer) -> None:
     with Holding(busy, streams=1):
         body = {"prompt": [f"Prompt {i}" for i in range(6)], **_SHORT}
-        answer = httpx.post(f"{busy.url}/v1/completions", json=body, timeout=60)
+        answer = httpx.post(f"{busy.url}/v1/completions", json=body, headers=_key("person"), timeout=60)
     assert len(answer.json()["choices"]) == 6
     _until(lambda: _idle(busy))
 
@@ -183,6 +240,7 @@ def test_a_client_that_does_not_read_is_let_go(busy: RunningServer) -> None:
         json={"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 20, **_LONG},
     ).read()  # fmt: skip
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    head += f"authorization: Bearer {_KEYS['person']}\r\n"
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect((host, int(port)))

@@ -51,7 +51,7 @@ class AnyOrder(RuleBasedStateMachine):
                     self.waiting.remove(ticket)
         for victim in self.admission.victims():
             assert victim.ticket.traffic_class == "batch"
-            assert not victim.produced
+            assert not victim.streamed
             self.held.remove(victim)
             self.admission.release(victim, Consumed(), self.now_s)
             self.waiting.add(self.admission.put_back(victim, self.now_s))
@@ -65,8 +65,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
-    def produce(self, data: st.DataObject) -> None:
-        self.admission.produced(data.draw(st.sampled_from(self.held)))
+    def prefill(self, data: st.DataObject) -> None:
+        self.admission.prefilled(data.draw(st.sampled_from(self.held)))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), tokens=st.integers(0, 3000), finished=st.booleans())
@@ -96,7 +96,7 @@ class AnyOrder(RuleBasedStateMachine):
         ledger = self.admission.ledger
         assert ledger.reserved == sum(held.reserved for held in self.held) >= 0
         assert ledger.sequences == sum(held.sequences for held in self.held)
-        assert ledger.unproduced == sum(held.sequences for held in self.held if not held.produced)
+        assert ledger.prefilling == sum(held.sequences for held in self.held if not held.prefilled)
         assert ledger.promised(0) == sum(held.unfilled for held in self.held) >= 0
         assert len(ledger) == len(self.held)
         if not self.held:

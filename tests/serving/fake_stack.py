@@ -127,6 +127,7 @@ class FakeProgress:
     """What an engine request has consumed, as the test says."""
 
     in_engine: bool = True
+    prefilled: bool = False
     completion_tokens: int = 0
     cached_tokens: int = 0
 

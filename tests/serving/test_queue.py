@@ -245,7 +245,8 @@ async def test_a_request_that_expires_in_the_queue_is_refused_with_a_time_to_com
     bench = Bench(places=1)
     one = bench.run(bench.request("a1"))
     await settle()
-    two = bench.run(bench.request("a2", timeout_s=0.05))
+    bench.gate.admission.rates = bench.gate.admission.rates.released(0.001)  # it looks like a short wait
+    two = bench.run(bench.request("a2", timeout_s=0.2))
     with pytest.raises(Overloaded) as refused:
         await asyncio.wait_for(two, 2)
     assert refused.value.retry_after_s is not None
@@ -371,3 +372,48 @@ async def test_the_page_shows_what_waits_and_what_is_promised() -> None:
         bench.finish(f"a{i}")
     await asyncio.gather(*tasks)
     assert bench.metric("tidegate_kv_reserved_tokens") == 0
+
+
+async def test_a_call_of_many_prompts_is_finished_once_it_was_taken() -> None:
+    bench = Bench(places=1, ttft_slo_s=1)
+    bench.gate.admission.rates = bench.gate.admission.rates.released(0.3)
+    bench.finish("p")
+
+    async def whole() -> list[str]:
+        return [output async for output in bench.generation.generate(demand(), lambda: bench.outputs("p", False))]
+
+    async with bench.requests.open(bench.request("a1")):
+        async with asyncio.timeout(5):
+            answers = await asyncio.gather(*(whole() for _ in range(40)))
+    assert len(answers) == 40
+    assert bench.nothing_held
+
+
+async def test_another_call_of_the_tenant_passes_the_rest_of_a_call_of_many_prompts() -> None:
+    bench = Bench(places=1)
+
+    async def whole(name: str) -> list[str]:
+        return [output async for output in bench.generation.generate(demand(), lambda: bench.outputs(name, True))]
+
+    async with bench.requests.open(bench.request("a1")):
+        prompts = [asyncio.create_task(whole(f"p{i}")) for i in range(4)]
+        await settle()
+        other = bench.run(bench.request("a2"))
+        await settle()
+        for name in ("a2", "p0", "p1", "p2", "p3"):
+            bench.finish(name)
+        await other
+        await asyncio.gather(*prompts)
+    assert bench.started[:2] == ["p0", "a2"]
+    assert bench.nothing_held
+
+
+async def test_the_time_without_an_engine_counts_against_nobodys_deadline() -> None:
+    bench = Bench(places=1, ttft_slo_s=0.3)
+    bench.gate.close()
+    task = bench.run(bench.request("a1"))
+    await asyncio.sleep(0.5)
+    assert not task.done()
+    bench.open()
+    bench.finish("a1")
+    assert await task == ["first", "last"]
