@@ -1,5 +1,7 @@
 """The composition: builds every room's parts from the settings and puts them together."""
 
+import random
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -13,24 +15,44 @@ from starlette.types import ASGIApp
 
 from server.api import errors
 from server.api.answer import WireLimits
-from server.api.auth import ApiKeys
+from server.api.auth import Callers, OperatorKey, Operators
+from server.api.edge import Edge, EdgeLimits
 from server.api.errors import Dialect
+from server.api.level import level_router
 from server.api.middleware import Exchange
+from server.api.operators import operators_router
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
+from server.api.usage import usage_router
+from server.policy.admission import Admission
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
+from server.policy.ladder import LadderRules, Level
+from server.policy.objectives import Objectives
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
+from server.serving.access import Access, OpenRule
 from server.serving.charging import Charging, Pricing
+from server.serving.declared_tenants import DeclaredTenants
+from server.serving.degradation import Degradation, DegradationRules
 from server.serving.engine_slot import EngineSlot
+from server.serving.fallback import Fallback, Upstream
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
+from server.serving.ladder import LadderSources, LadderWatch
+from server.serving.queue import Gate
+from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
-from server.serving.service import BodyRules, Service
+from server.serving.service import BodyRules, Guards, Service
+from server.serving.tenant_desk import TenantDesk
+from server.serving.usage import UsageDesk
 from server.settings import Settings
 from server.store.home import Store
+from server.store.level import RedisPins
+from server.store.tenants import TenantRecords
 from server.telemetry import metrics
+from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.metrics import Metrics
+from server.telemetry.resilience import ResilienceMetrics
 
 _MIB: Final = 1 << 20
 _ANTHROPIC_PREFIX: Final = "/v1/messages"
@@ -48,15 +70,26 @@ class Application:
     slot: EngineSlot
     requests: OpenRequests
     generation: Generation
+    gate: Gate
     store: Store
+    access: Access
+    ladder: LadderWatch
+    fallback: Fallback
+    resilience: ResilienceMetrics
 
 
 def build_application(
-    settings: Settings, versions: Mapping[str, str], registry: CollectorRegistry = REGISTRY
+    settings: Settings,
+    versions: Mapping[str, str],
+    registry: CollectorRegistry = REGISTRY,
+    operator_key: str | None = None,
 ) -> Application:
-    """Everything but the engine, which is loaded while this already answers. Raises `BadRedisUrl`."""
+    """Everything but the engine, which is loaded while this already answers.
+
+    Without an operator key nobody is the operator. Raises `BadRedisUrl` and `TenantsFileError`.
+    """
     slot, requests, figures = EngineSlot(), OpenRequests(), Metrics(registry)
-    store = Store(settings.redis_url, settings.data_path)
+    store = Store(settings.redis_url, settings.data_path, settings.redis_timeout_s)
     charging = Charging(store.limiter, store.replica, _pricing(settings), figures)
     fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
     rules = BodyRules(
@@ -65,7 +98,15 @@ def build_application(
             chat=settings.default_max_tokens, background_task=settings.background_task_max_tokens
         ),
     )
-    service = Service(slot, requests, rules, fitter, charging)
+    objectives = Objectives(settings.ttft_slo_s or {}, settings.tpot_slo_s or {})
+    gate = Gate(Admission(objectives), AdmissionMetrics(registry))
+    witness = ResilienceMetrics(registry)
+    fallback = Fallback(_upstreams(settings), witness, random.random)
+    sources = LadderSources(lambda: gate.pressure, slot, bool(fallback))
+    ladder = LadderWatch(_ladder_rules(settings), sources, RedisPins(store.patient_client), witness)
+    degradation = Degradation(ladder, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness)
+    guards = Guards(gate, charging, Recovery(witness), degradation, fallback, settings.restart_wait_s)
+    service = Service(slot, requests, rules, fitter, guards)
     docs = settings.docs
     api = DocumentedApi(
         title="Tidegate",
@@ -74,12 +115,17 @@ def build_application(
         openapi_url="/openapi.json" if docs else None,
     )
     api.service = service
-    limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s)
-    authenticate = ApiKeys(settings.api_key)
+    limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s, settings.slow_reader_timeout_s)
     api.include_router(_status(service, versions, figures))
-    api.include_router(operations_router(service, limits, authenticate, developer_routes=settings.developer_routes))
+    doors = _doors(settings, store, operator_key)
+    api.include_router(
+        operations_router(service, limits, doors.callers, doors.edge, developer_routes=settings.developer_routes)
+    )
+    api.include_router(operators_router(doors.desk, doors.operators))
+    api.include_router(level_router(ladder, doors.operators))
+    api.include_router(usage_router(UsageDesk(store.usage), doors.desk, doors.callers, doors.operators))
     api.add_exception_handler(HTTPException, _on_http_exception)
-    api.add_exception_handler(Refusal, _on_refusal)
+    api.add_exception_handler(Refusal, on_refusal)
     api.add_exception_handler(Exception, _on_error)
     asgi: ASGIApp = Exchange(api, metrics=figures, access_log=settings.access_log)
     if settings.allowed_origins:
@@ -90,11 +136,70 @@ def build_application(
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation(fitter, charging), store)
+    return Application(
+        asgi, slot, requests, Generation(fitter, gate, charging), gate, store, doors.access,
+        ladder, fallback, witness,
+    )  # fmt: skip
+
+
+def _ladder_rules(settings: Settings) -> LadderRules:
+    highest = settings.highest_automatic_level
+    if highest is None:
+        highest = Level.FALLBACK if settings.fallbacks else Level.ESSENTIAL
+    return LadderRules(highest=Level(highest))
+
+
+def _upstreams(settings: Settings) -> list[Upstream]:
+    return [
+        Upstream(
+            name=chosen.name or chosen.host,
+            url=chosen.url,
+            api_key=chosen.api_key(),
+            models=chosen.models,
+            connect_timeout_s=chosen.connect_timeout_s,
+            first_byte_timeout_s=chosen.first_byte_timeout_s,
+            idle_timeout_s=chosen.idle_timeout_s,
+            whole_answer_timeout_s=chosen.whole_answer_timeout_s,
+            canary_share=chosen.canary_share,
+        )
+        for chosen in settings.fallbacks
+    ]
 
 
 def _pricing(settings: Settings) -> Pricing:
     return Pricing(settings.cached_token_price, settings.limit_reserve_tokens or None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Doors:
+    """Who may come in, as what, and how often they may try."""
+
+    access: Access
+    desk: TenantDesk
+    callers: Callers
+    operators: Operators
+    edge: Edge
+
+
+def _doors(settings: Settings, store: Store, operator_key: str | None) -> _Doors:
+    declared = DeclaredTenants(settings.tenants_file)
+    rule = OpenRule(settings.api_key, settings.require_key, store.surely_empty)
+    access = Access(rule, declared, TenantRecords(store.client), time.time)
+    operator = OperatorKey(settings.operator_key or operator_key)
+    edge = Edge(
+        EdgeLimits(
+            failed_logins=settings.failed_logins_per_minute,
+            model_lists=settings.model_lists_per_minute,
+            operator_requests=settings.operator_requests_per_minute,
+        )
+    )
+    return _Doors(
+        access=access,
+        desk=TenantDesk(TenantRecords(store.patient_client), declared, access, time.time),
+        callers=Callers(access, operator, edge),
+        operators=Operators(operator, edge),
+        edge=edge,
+    )
 
 
 def _context_policy(settings: Settings) -> ContextPolicy:
@@ -126,7 +231,8 @@ def _dialect(request: Request) -> Dialect:
     return "anthropic" if request.url.path.startswith(_ANTHROPIC_PREFIX) else "openai"
 
 
-async def _on_refusal(request: Request, error: Exception) -> Response:
+async def on_refusal(request: Request, error: Exception) -> Response:
+    """A refusal as its HTTP answer."""
     assert isinstance(error, Refusal)
     return Response(
         errors.encoded(error, _dialect(request)),
@@ -142,11 +248,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     kind = _HTTP_REFUSALS.get(error.status_code, InvalidRequest)
     sentences = {NotFound: "There is no route", MethodNotAllowed: "This route does not take"}
     text = f"{sentences.get(kind, error.detail)} {request.method} {request.url.path}."
-    response = await _on_refusal(request, kind(text))
+    response = await on_refusal(request, kind(text))
     response.headers.update(error.headers or {})
     return response
 
 
 async def _on_error(request: Request, _: Exception) -> Response:
     """The last resort; the server logs the traceback, the client gets none of it."""
-    return await _on_refusal(request, GenerationFailed("Something went wrong on the server. Please try again."))
+    return await on_refusal(request, GenerationFailed("Something went wrong on the server. Please try again."))

@@ -10,6 +10,8 @@ import click
 from pydantic import BaseModel
 
 from server import __version__
+from server.commands.keys import keys
+from server.commands.level import level
 from server.settings import (
     SECTIONS,
     SETTINGS_FILE_ENV,
@@ -137,6 +139,10 @@ cli.add_command(
         short_help="Serve a model.",
     )
 )
+
+
+cli.add_command(keys)
+cli.add_command(level)
 
 
 @cli.command()

@@ -35,9 +35,12 @@ _TABLE: Final[Mapping[type[Refusal], Wire]] = {
     refusals.CostAboveLimit: Wire(400, "invalid_request_error", "tokens_above_limit", "invalid_request_error"),
     refusals.BodyTooLarge: Wire(413, "invalid_request_error", "request_too_large", "request_too_large"),
     refusals.InvalidApiKey: Wire(401, "invalid_request_error", "invalid_api_key", "authentication_error"),
+    refusals.OperatorsOnly: Wire(403, "invalid_request_error", "operators_only", "permission_error"),
+    refusals.StoreUnavailable: Wire(503, "server_error", "store_unavailable", "overloaded_error"),
     refusals.ModelNotFound: Wire(404, "invalid_request_error", "model_not_found", "not_found_error"),
     refusals.NotFound: Wire(404, "invalid_request_error", "not_found", "not_found_error"),
     refusals.Unsupported: Wire(404, "invalid_request_error", "unsupported_endpoint", "not_found_error"),
+    refusals.Conflict: Wire(409, "invalid_request_error", "conflict", "invalid_request_error"),
     refusals.MethodNotAllowed: Wire(405, "invalid_request_error", "method_not_allowed", "invalid_request_error"),
     refusals.UnprocessableContent: Wire(422, "invalid_request_error", "unprocessable_content", "invalid_request_error"),
     refusals.RateLimited: Wire(429, "rate_limit_error", "rate_limit_exceeded", "rate_limit_error"),
@@ -45,6 +48,11 @@ _TABLE: Final[Mapping[type[Refusal], Wire]] = {
     refusals.NotReady: Wire(503, "server_error", "engine_not_ready", "overloaded_error"),
     refusals.Draining: Wire(503, "server_error", "server_draining", "overloaded_error"),
     refusals.GenerationFailed: Wire(500, "server_error", "internal_error", "api_error"),
+    refusals.EngineLost: Wire(503, "server_error", "engine_lost", "overloaded_error"),
+    refusals.Quarantined: Wire(500, "server_error", "request_quarantined", "api_error"),
+    refusals.UpstreamLost: Wire(502, "server_error", "upstream_lost", "api_error"),
+    refusals.Closed: Wire(503, "server_error", "server_closed", "overloaded_error"),
+    refusals.NotDegraded: Wire(503, "server_error", "degraded_service", "overloaded_error"),
 }
 
 
@@ -88,6 +96,8 @@ def event(refusal: Refusal, dialect: Dialect) -> bytes:
 def headers(refusal: Refusal) -> dict[str, str]:
     """`Retry-After` in whole seconds (rounded up) and in milliseconds, where waiting helps."""
     extra = {"www-authenticate": "Bearer"} if status(refusal) == HTTPStatus.UNAUTHORIZED else {}
+    if not refusal.should_retry:
+        extra["x-should-retry"] = "false"
     if refusal.retry_after_s is None:
         return extra
     milliseconds = math.ceil(refusal.retry_after_s * 1000)

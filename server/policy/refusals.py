@@ -8,14 +8,18 @@ written for the person who reads it in a chat window.
 class Refusal(Exception):
     """A request that is not served, and why.
 
-    `param` names the request field at fault; `retry_after_s` is when trying again can help.
+    `param` names the request field at fault; `retry_after_s` is when trying again can help. `should_retry` False tells
+    clients that would try again by themselves, as the official SDKs do, to leave it.
     """
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None, should_retry: bool = True
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.should_retry = should_retry
 
 
 class InvalidRequest(Refusal):
@@ -42,12 +46,24 @@ class InvalidApiKey(Refusal):
     """No key, or one that is not known."""
 
 
+class OperatorsOnly(Refusal):
+    """The key is good, but what it asks for is the operator's."""
+
+
+class StoreUnavailable(Refusal):
+    """Redis does not answer, and what is asked stands nowhere else: whether a key is good, say."""
+
+
 class ModelNotFound(Refusal):
     """The named model is not served here."""
 
 
 class NotFound(Refusal):
     """No such route, or an object that does not exist."""
+
+
+class Conflict(Refusal):
+    """What the operator asks for does not go with what is there."""
 
 
 class MethodNotAllowed(Refusal):
@@ -80,3 +96,23 @@ class Draining(Refusal):
 
 class GenerationFailed(Refusal):
     """The engine failed while it worked on this request."""
+
+
+class EngineLost(GenerationFailed):
+    """The engine died after it had begun to answer."""
+
+
+class Quarantined(GenerationFailed):
+    """The request was in the engine at two deaths of it, and is not tried a third time."""
+
+
+class UpstreamLost(GenerationFailed):
+    """The fallback upstream broke off in the middle of its answer."""
+
+
+class Closed(Refusal):
+    """An operator has closed the server for requests."""
+
+
+class NotDegraded(Refusal):
+    """The answer would have been degraded, and the client asked for none rather than that."""

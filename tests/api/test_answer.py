@@ -11,6 +11,7 @@ from server.api.answer import WireLimits
 from server.api.errors import Dialect
 from server.engine.calls import Call, Reply
 from server.policy.refusals import Draining, GenerationFailed, InvalidRequest, RateLimited
+from server.policy.tenants import Tenant
 from server.serving.engine_slot import EngineSlot
 from tests.api.scripted_client import (
     Desk,
@@ -57,6 +58,14 @@ async def test_the_operation_gets_the_clients_body(method: str, sent: bytes, see
     assert operation.calls[0].body == seen
 
 
+async def test_the_request_belongs_to_the_tenant_that_was_found() -> None:
+    client = ScriptedClient()
+    client.scope["state"].update(tenant=Tenant("search"), end_user="u-1")
+    await Desk(RecordingOperation()).answered(client)
+    opened = client.scope["state"]["open_request"]
+    assert (opened.tenant, opened.end_user) == (Tenant("search"), "u-1")
+
+
 async def test_a_post_without_a_body_is_an_empty_object() -> None:
     operation, client = RecordingOperation(), ScriptedClient(body=b"")
     client.scope["headers"] = []
@@ -78,11 +87,14 @@ async def test_a_stream_arrives_frame_by_frame() -> None:
         await answer
     assert client.complete
     assert client.text == f"data: one\n\ndata: two\n\n{DONE_FRAME}"
-    assert client.headers == {
+    headers = client.headers
+    assert float(headers.pop("x-queue-wait")) < 1
+    assert headers == {
         "content-type": "text/event-stream",
         "cache-control": "no-cache",
         "x-accel-buffering": "no",
         "x-tools-ignored": "1",
+        "x-queue-position": "0",
     }
     assert not left_behind(client)
 
@@ -344,7 +356,7 @@ async def test_a_client_that_leaves_while_its_refusal_goes_out_ends_quietly() ->
     assert (client.status, client.complete) == (429, True)
 
 
-QUICK = WireLimits(max_body_bytes=100, keep_alive_s=0.02)
+QUICK = WireLimits(100, keep_alive_s=0.02, slow_reader_timeout_s=60)
 
 
 async def test_a_stream_that_waits_is_kept_alive_by_comments_until_its_first_frame() -> None:
