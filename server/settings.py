@@ -24,6 +24,7 @@ from pydantic_settings import SettingsError as UnreadableVariable
 
 ENV_PREFIX: Final = "TIDEGATE_"
 SETTINGS_FILE_ENV: Final = f"{ENV_PREFIX}SETTINGS"
+_SECRET: Final = frozenset({"api_key", "operator_key"})
 
 
 def _split(value: Any) -> Any:
@@ -268,7 +269,8 @@ def _refuse_unknown(names: Iterable[str], kind: str, spelled: Callable[[str], st
 def _sentence(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     field = str(problem["loc"][0])
-    return f"Wrong value for {flag_name(field)}: {problem['msg']} (given: {problem['input']!r})."
+    given = "" if field in _SECRET else f" (given: {problem['input']!r})"
+    return f"Wrong value for {flag_name(field)}: {problem['msg']}{given}."
 
 
 def _as_flags(name: str, value: Any) -> list[str]:
