@@ -1,14 +1,22 @@
 """Fixtures that many tests share: one running engine for the whole session, and the models they serve."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from openai import OpenAI
 
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from tests.live.running_server import RunningServer, start_server
 from tests.models.tiny_llama import make_tiny_llama
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _logs_go_to_stderr() -> None:
+    """As in a server: what a command prints on stdout is its answer, and nothing else."""
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ def captured_logs(*, json_lines: bool = True, level: str = "info") -> Iterator[C
     """Inside, logging is configured by `logs.configure`; afterwards it is as it was."""
     loggers = [logging.getLogger(name) for name in _TOUCHED]
     before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    configured = structlog.get_config()
     captured = CapturedLogs()
     with redirect_stderr(captured.stream):
         logs.configure(json_lines=json_lines, level=level)
@@ -44,7 +45,7 @@ def captured_logs(*, json_lines: bool = True, level: str = "info") -> Iterator[C
     try:
         yield captured
     finally:
-        structlog.reset_defaults()
+        structlog.configure(**configured)
         for logger, (_, propagate, level_before) in zip(loggers, before, strict=True):
             logger.removeHandler(ours)
             logger.propagate = propagate
