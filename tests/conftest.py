@@ -15,8 +15,8 @@ from tests.models.tiny_llama import make_tiny_llama
 
 @pytest.fixture(scope="session", autouse=True)
 def _logs_go_to_stderr() -> None:
-    """As in a server: what a command prints on stdout is its answer, and nothing else."""
-    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    """The lines of a server in the same process are no part of what a command prints."""
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.__stderr__))
 
 
 @pytest.fixture(scope="session")
