@@ -47,7 +47,6 @@ _REPORT_INTERVAL_S: Final = 10.0
 _REDIS_START_S: Final = 3.0
 _CHILD_EXIT_TIMEOUT_S: Final = 5.0
 _HTTP_STOP_TIMEOUT_S: Final = 5
-_CANCEL_AGAIN_S: Final = 1.0
 _SOCKETS_FOLDER: Final = "VLLM_RPC_BASE_PATH"  # where vLLM puts its engine's sockets
 
 
@@ -157,7 +156,7 @@ class Process:
             else:
                 await self._drain()
             self.loading_abandoned = supervisor.building
-            await _ended(supervising)
+            await ended({supervising})
         last = self._app.slot.empty("stopping")
         if last is not None:
             await last.close()
@@ -340,16 +339,7 @@ async def _running(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await _ended(*tasks)
-
-
-async def _ended(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks until they have ended: one cancellation can be lost where it meets a connection that fails."""
-    pending = {task for task in tasks if not task.done()}
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
+        await ended(tasks)
 
 
 def _say_if_failed(task: asyncio.Task[None]) -> None:
