@@ -46,8 +46,11 @@ class House:
         found: dict[str, Any] = answer.json()
         return found
 
-    def ask(self, key: str, path: str = CHAT, body: dict[str, Any] | None = None, **headers: str) -> httpx.Response:
-        return self.client.post(path, json=body or {}, headers={**bearer(key), **headers})
+    def ask(self, key: str, path: str = CHAT, body: dict[str, Any] | None = None) -> httpx.Response:
+        return self.client.post(path, json=body or {}, headers=bearer(key))
+
+    def ask_for(self, end_user: str, key: str) -> httpx.Response:
+        return self.client.post(CHAT, json={}, headers={**bearer(key), "X-OpenWebUI-User-Id": end_user})
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -171,11 +174,11 @@ def test_a_request_runs_for_its_tenant_and_the_end_user_that_a_trusted_one_names
 
     with running(FakeStack({("POST", CHAT): for_whom}), redis_url=store_url) as client:
         there = House(client, RecordingOperation())
-        assert there.ask("EMPTY", **{"X-OpenWebUI-User-Id": "u-1"}).json() == ["anyone", None]
+        assert there.ask_for("u-1", "EMPTY").json() == ["anyone", None]
         ui, team = there.tenant("ui", trusted=True), there.tenant("team")
-        assert there.ask(ui, **{"X-OpenWebUI-User-Id": "u-1"}).json() == ["ui", "u-1"]
+        assert there.ask_for("u-1", ui).json() == ["ui", "u-1"]
         assert there.ask(ui).json() == ["ui", None]
-        assert there.ask(team, **{"X-OpenWebUI-User-Id": "u-1"}).json() == ["team", None]
+        assert there.ask_for("u-1", team).json() == ["team", None]
         assert there.ask(OPERATOR_KEY).json() == ["operator", None]
 
 
