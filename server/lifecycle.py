@@ -24,6 +24,7 @@ from server.app import Application, build_application
 from server.policy.refusals import Draining
 from server.settings import Settings
 from server.store.connection import BadRedisUrl
+from server.store.ending import ended
 from server.store.operator_key import OperatorKeyUnavailable, ensure_operator_key
 from server.store.tenants_file import TenantsFileError
 from server.telemetry import logs
@@ -119,8 +120,7 @@ class Process:
         try:
             yield
         finally:
-            watching.cancel()
-            await asyncio.wait({watching})
+            await ended({watching})
             await self._app.access.flush()
 
     async def _follow_keys(self) -> None:
