@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from server.lifecycle import _all_flags, _ended
+from server.lifecycle import _all_flags
 from server.settings import load_settings
+from server.store.ending import ended
 
 
 @pytest.mark.parametrize(
@@ -38,5 +39,5 @@ async def test_a_task_that_loses_a_cancellation_is_ended_all_the_same() -> None:
 
     task = asyncio.create_task(deaf_once())
     await asyncio.sleep(0)
-    await asyncio.wait_for(_ended(task), 5)
+    await asyncio.wait_for(ended({task}), 5)
     assert task.cancelled()

@@ -20,7 +20,6 @@ from tests.serving.fake_stack import FakeStack, RecordingOperation
 from tests.telemetry.captured_logs import CapturedLogs, captured_logs
 
 CHAT = "/v1/chat/completions"
-_USER = "X-OpenWebUI-User-Id"
 LORA = "/v1/load_lora_adapter"
 
 
@@ -47,9 +46,11 @@ class House:
         found: dict[str, Any] = answer.json()
         return found
 
-    def ask(self, key: str, path: str = CHAT, body: dict[str, Any] | None = None, user: str = "") -> httpx.Response:
-        """Ask as `key`, for the end user that a chat UI would name."""
-        return self.client.post(path, json=body or {}, headers={**bearer(key), **({_USER: user} if user else {})})
+    def ask(self, key: str, path: str = CHAT, body: dict[str, Any] | None = None) -> httpx.Response:
+        return self.client.post(path, json=body or {}, headers=bearer(key))
+
+    def ask_for(self, end_user: str, key: str) -> httpx.Response:
+        return self.client.post(CHAT, json={}, headers={**bearer(key), "X-OpenWebUI-User-Id": end_user})
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -173,11 +174,11 @@ def test_a_request_runs_for_its_tenant_and_the_end_user_that_a_trusted_one_names
 
     with running(FakeStack({("POST", CHAT): for_whom}), redis_url=store_url) as client:
         there = House(client, RecordingOperation())
-        assert there.ask("EMPTY", user="u-1").json() == ["anyone", None]
+        assert there.ask_for("u-1", "EMPTY").json() == ["anyone", None]
         ui, team = there.tenant("ui", trusted=True), there.tenant("team")
-        assert there.ask(ui, user="u-1").json() == ["ui", "u-1"]
+        assert there.ask_for("u-1", ui).json() == ["ui", "u-1"]
         assert there.ask(ui).json() == ["ui", None]
-        assert there.ask(team, user="u-1").json() == ["team", None]
+        assert there.ask_for("u-1", team).json() == ["team", None]
         assert there.ask(OPERATOR_KEY).json() == ["operator", None]
 
 
