@@ -46,6 +46,7 @@ _REPORT_INTERVAL_S: Final = 10.0
 _REDIS_START_S: Final = 3.0
 _CHILD_EXIT_TIMEOUT_S: Final = 5.0
 _HTTP_STOP_TIMEOUT_S: Final = 5
+_CANCEL_AGAIN_S: Final = 1.0
 _SOCKETS_FOLDER: Final = "VLLM_RPC_BASE_PATH"  # where vLLM puts its engine's sockets
 
 
@@ -124,8 +125,7 @@ class Process:
         try:
             yield
         finally:
-            watching.cancel()
-            await asyncio.wait({watching})
+            await _ended(watching)
             await self._app.access.flush()
 
     async def _follow_keys(self) -> None:
@@ -156,8 +156,7 @@ class Process:
             else:
                 await self._drain()
             self.loading_abandoned = supervisor.building
-            supervising.cancel()
-            await asyncio.wait({supervising})
+            await _ended(supervising)
         last = self._app.slot.empty("stopping")
         if last is not None:
             await last.close()
@@ -340,9 +339,16 @@ async def _running(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for task in tasks:
+        await _ended(*tasks)
+
+
+async def _ended(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks until they have ended: one cancellation can be lost where it meets a connection that fails."""
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
             task.cancel()
-        await asyncio.wait(tasks)
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
 
 
 def _say_if_failed(task: asyncio.Task[None]) -> None:

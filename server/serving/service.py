@@ -46,6 +46,8 @@ RESPONSES_ROUTE: Final = "/v1/responses"
 MODELS_ROUTE: Final = "/v1/models"
 # Where a request may leave its cap open, and the field that holds it.
 _CAP_FIELDS: Final[Mapping[str, str]] = {CHAT_ROUTE: "max_completion_tokens", RESPONSES_ROUTE: "max_output_tokens"}
+_CANCEL_ROUTE: Final = f"{RESPONSES_ROUTE}/{{response_id}}/cancel"
+_TOKENIZER_ROUTE: Final = "/tokenizer_info"
 _COUNT_ROUTE: Final = "/v1/messages/count_tokens"
 # These use nothing that a limit counts.
 _FREE_ROUTES: Final = frozenset({"/tokenize", "/detokenize", _COUNT_ROUTE})
@@ -144,20 +146,27 @@ class Service:
         if self._fallback and (reply := await self._elsewhere(call, request)) is not None:
             return reply
         await self.slot.wait(self._restart_wait_s)
+        return await self._on_engine(call, request)
+
+    async def _on_engine(self, call: Call, request: OpenRequest) -> Reply | StreamReply:
         request.stack = stack = self.slot.stack
         operation = stack.operation(call.method, call.route)
         if operation is None:
-            message = f"The model `{stack.model_names[0]}` does not support {call.method} {call.route}."
-            raise Unsupported(message)
-        if call.body is not None:
-            _refuse_foreign_models(call.body, stack.model_names[0], request.tenant)
+            default = stack.model_names[0]
+            who = f"The model `{default}`" if request.tenant.may_use(default) else "This server"
+            raise Unsupported(f"{who} does not support {call.method} {call.route}.")
+        if (call.method == "POST" and call.route != _CANCEL_ROUTE) or call.route == _TOKENIZER_ROUTE:
+            _refuse_foreign_models(call.body or {}, stack.model_names[0], request.tenant)
         if call.route in _GATED_ROUTES and call.body is not None:
             self._knock(call, call.body, stack, request)
         body = None if call.body is None else self._ruled(call, call.body, stack, request)
         if call.method == "POST" and call.route not in _FREE_ROUTES:
             request.model_name = request.model or stack.model_names[0]
             self._charging.check(request)
-        reply = await operation(replace(call, body=body, headers=self._headers(call, request)))
+        try:
+            reply = await operation(replace(call, body=body, headers=self._headers(call, request)))
+        except ModelNotFound as absent:
+            raise _told_to(request.tenant, request.model, absent) from absent
         return _own_models(reply, request.tenant) if call.route == MODELS_ROUTE else reply
 
     async def engine_for(self, call: Call, request: OpenRequest) -> None:
@@ -241,17 +250,30 @@ class Service:
 
 
 def _refuse_foreign_models(body: Mapping[str, Any], default_model: str, tenant: Tenant) -> None:
-    """Raise `ModelNotFound`, in vLLM's words for a model that is not there, for every model not among the tenant's.
+    """Raise `ModelNotFound` for every model that is not among the tenant's.
 
     Whether it is there plays no part, so the answer does not tell. A body that names none means the default model.
     """
     model = body.get("model")
     if isinstance(model, str) and model:
         if not tenant.may_use(model):
-            raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
+            raise _absent(model, tenant)
     elif not tenant.may_use(default_model):
-        yours = ", ".join(sorted(tenant.models or ()))
-        raise ModelNotFound(f"Name a model in `model`. You can use: {yours}.", param="model")
+        raise ModelNotFound(f"Name a model in `model`. {_aliases(tenant)}", param="model")
+
+
+def _absent(model: str, tenant: Tenant) -> ModelNotFound:
+    """In vLLM's words, but with the tenant's own models for all that are served."""
+    return ModelNotFound(f"The model `{model}` does not exist. {_aliases(tenant)}", param="model")
+
+
+def _aliases(tenant: Tenant) -> str:
+    return f"Valid aliases: {', '.join(sorted(tenant.models or ()))}."
+
+
+def _told_to(tenant: Tenant, model: str | None, absent: ModelNotFound) -> ModelNotFound:
+    """vLLM's refusal names all models that are served; a tenant with its own hears of those."""
+    return absent if tenant.models is None or model is None else _absent(model, tenant)
 
 
 def _shown_parent(parent: str | None, tenant: Tenant) -> str | None:

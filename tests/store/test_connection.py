@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from redis.asyncio.sentinel import SentinelManagedSSLConnection
 from redis.exceptions import RedisError
 
 from server.policy.limits import Cost, Scope
-from server.policy.tenants import Limits
+from server.policy.tenants import Key, Limits, Tenant
 from server.store.connection import BadRedisUrl, connect
 from server.store.limit_script import LimitScript
 from server.store.redis_server import find_program
+from server.store.tenants import TenantRecords
 from server.store.usage import TokenCounts, UsageBook, UsageEntry
 from tests.store.running_redis import until
 
@@ -79,6 +81,20 @@ async def serves(url: str) -> None:
         assert (await script.charge(scopes, Cost(1, 50), "b")).refused is None
         assert await script.alive("a-replica", 60_000_000) == 1
         assert (await UsageBook(client).read("team", at.at)).month == {"m": TokenCounts(1, 2, 0, 3)}
+        await keeps_tenants(TenantRecords(client))
+
+
+async def keeps_tenants(records: TenantRecords) -> None:
+    """Steps of several commands work through this URL as well."""
+    assert await records.create(Tenant("team"))
+    key = Key("an-id", "team", 1)
+    assert await records.add_key(key, "a-digest")
+    await records.expire_keys("team", [key], 5)
+    assert await records.keys_of("team") == [replace(key, expires_s=5)]
+    await records.drop_keys("team", ["an-id"])
+    assert await records.find_key("a-digest") is None
+    await records.delete("team")
+    assert await records.all() == []
 
 
 def now() -> datetime:
