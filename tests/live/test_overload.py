@@ -109,6 +109,15 @@ def test_the_gate_opens_with_the_engines_real_capacity(busy: RunningServer) -> N
     assert busy.metric("tidegate_kv_capacity_tokens") == opened["kv_tokens"]
 
 
+def test_more_answers_than_the_cache_holds_are_a_400_with_the_numbers(busy: RunningServer) -> None:
+    refused = _ask(busy, n=16, max_tokens=1500)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["param"] == "n"
+    assert "16 answers of 1500 tokens" in error["message"]
+    assert _ask(busy, n=3, max_tokens=4, temperature=1.0).status_code == 200  # more than may run at once: alone
+
+
 def test_an_answer_says_whether_it_waited(busy: RunningServer) -> None:
     free = _ask(busy, **_SHORT)
     assert free.headers["x-queue-position"] == "0"
@@ -225,20 +234,12 @@ def test_several_prompts_of_one_call_share_a_single_place(busy: RunningServer) -
     _until(lambda: _idle(busy))
 
 
-def test_more_answers_than_the_cache_holds_are_a_400_with_the_numbers(busy: RunningServer) -> None:
-    refused = _ask(busy, n=16, max_tokens=1500)
-    assert refused.status_code == 400
-    error = refused.json()["error"]
-    assert error["param"] == "n"
-    assert "16 answers of 1500 tokens" in error["message"]
-    assert _ask(busy, n=3, max_tokens=4, temperature=1.0).status_code == 200  # more than may run at once: alone
-
-
 def test_a_client_that_does_not_read_is_let_go(busy: RunningServer) -> None:
     host, port = busy.url.removeprefix("http://").split(":")
     body = httpx.Request(
         "POST", busy.url,
-        json={"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 20, **_LONG},
+        json={"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 20, **_LONG,
+              "n": 2, "max_tokens": 1900},
     ).read()  # fmt: skip
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
     head += f"authorization: Bearer {_KEYS['person']}\r\n"
@@ -247,6 +248,6 @@ def test_a_client_that_does_not_read_is_let_go(busy: RunningServer) -> None:
         client.connect((host, int(port)))
         client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         _until(lambda: busy.metric("tidegate_requests_running") == 1)
-        _until(lambda: any("does not read" in str(event.get("event")) for event in busy.log_events()), 40)
+        _until(lambda: any("does not read" in str(event.get("event")) for event in busy.log_events()), 150)
         _until(lambda: _idle(busy))
     busy.wait_until_idle()

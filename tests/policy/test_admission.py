@@ -369,3 +369,21 @@ def test_pressure_is_the_wait_in_units_of_the_objective() -> None:
     while isinstance(door.arrive(), Enqueue):
         pass
     assert 0.6 < door.admission.pressure(door.now_s) < 1.2
+
+
+def test_before_anything_has_ended_answers_without_a_cap_do_not_look_endless() -> None:
+    """A chat that names no cap gets the whole window, and a first crowd of them is not to be turned away for it."""
+    door = Door(kv_tokens=200_000, ttft_slo_s=5)
+    for _ in range(10):
+        door.ticket(ask=Ask(50, 8000))
+        door.let_in()
+    assert isinstance(door.arrive(ask=Ask(50, 8000)), Enqueue)
+
+
+def test_a_critical_request_is_not_refused_for_batch_work_that_it_may_drive_out() -> None:
+    door = Door(max_running=1, ttft_slo_s=1)
+    door.ticket("jobs", "batch")
+    door.let_in()
+    door.now_s += 50
+    assert isinstance(door.arrive("person"), Shed)
+    assert isinstance(door.arrive("vip", "critical"), Enqueue)
