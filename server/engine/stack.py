@@ -44,6 +44,7 @@ log = structlog.get_logger(__name__)
 Stage = Callable[[str], None]
 Result = TypeVar("Result")
 _QUEUED_PER_SEQUENCE: Final = 2
+_LEAST_QUEUED: Final = 256  # the answers of one request with a large `n` come all at once
 _GENERATOR_LOGGERS: Final = tuple(
     f"vllm.entrypoints.{module}.serving"
     for module in ("openai.chat_completion", "openai.completion", "openai.responses", "anthropic")
@@ -229,7 +230,7 @@ def _start_engine(args: Namespace, seams: Seams) -> SeamedEngine:
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     scheduling = config.scheduler_config
     if scheduling.max_num_queued_reqs is None:  # a backstop: our own queue keeps the engine's far shorter
-        scheduling.max_num_queued_reqs = _QUEUED_PER_SEQUENCE * scheduling.max_num_seqs
+        scheduling.max_num_queued_reqs = max(_LEAST_QUEUED, _QUEUED_PER_SEQUENCE * scheduling.max_num_seqs)
     engine = SeamedEngine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,

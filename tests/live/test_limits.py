@@ -151,7 +151,8 @@ def test_a_redis_that_hangs_fails_nobody_and_is_used_again(server: RunningServer
     while httpx.get(f"{server.url}/health/ready").json()["limits"] != "redis":
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
-    assert team.used() == pytest.approx(7 * 2, abs=1)
+    # What Redis had been sent before it was given up, at most three charges, it takes up when it goes on.
+    assert 7 * 2 - 1 <= team.used() <= 10 * 2
 
 
 def test_redis_dies_with_a_server_that_is_killed(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def start_tiny(tmp_path: Path, tiny_tools_model: Path) -> Iterator[StartTiny]:
     started: list[RunningServer] = []
 
     def start(*args: str) -> RunningServer:
-        common = ("--max-model-len", "2048", "--max-num-seqs", "2")
+        common = ("--max-model-len", "2048", "--max-num-seqs", "2", "--ttft-slo", "600")  # nobody is refused here
         server = start_server(tmp_path, str(tiny_tools_model), *common, *args)
         started.append(server)
         server.wait_until_ready()
