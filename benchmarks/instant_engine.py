@@ -58,7 +58,7 @@ class InstantEngine:
         cache.num_gpu_blocks = _BLOCKS
         cache.kv_cache_size_tokens = _BLOCKS * (cache.block_size or 16)
         self.engine_ranks_managed = [0]
-        self.resources = SimpleNamespace(engine_dead=False)
+        self.resources = SimpleNamespace(engine_dead=False, engine_manager=None, coordinator=None)
         self._step_s = 1 / float(os.environ.get(STEPS_PER_S_ENV, "25"))
         self._running: dict[str, _Running] = {}
         self._arrived = asyncio.Event()
