@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+from platformdirs import user_data_path
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -121,6 +122,19 @@ class Context(BaseModel):
     )
 
 
+class Store(BaseModel):
+    """Tenants and limits"""
+
+    redis_url: str | None = Field(
+        None,
+        description="Redis that all replicas share: redis://, rediss://, unix://, redis+sentinel://HOST,HOST/SERVICE, "
+        "redis+cluster://HOST,HOST. Unset: an embedded one in the data folder.",
+    )
+    data_folder: Path | None = Field(
+        None, description="Folder for what the server keeps. Unset: the user's data folder for tidegate."
+    )
+
+
 class Logs(BaseModel):
     """Logs"""
 
@@ -133,7 +147,7 @@ class Logs(BaseModel):
     )
 
 
-class Settings(Listen, Access, Requests, Context, Logs, BaseSettings):
+class Settings(Listen, Access, Requests, Context, Store, Logs, BaseSettings):
     """The whole tree, frozen. Only the composition (`server/app.py`) sees it; rooms get their own small parts."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
@@ -156,12 +170,17 @@ class Settings(Listen, Access, Requests, Context, Logs, BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @property
+    def data_path(self) -> Path:
+        """The folder for what the server keeps; it may not exist yet."""
+        return self.data_folder or user_data_path("tidegate")
+
+    @property
     def vllm_flags(self) -> tuple[str, ...]:
         """The `[vllm]` table as command-line flags."""
         return tuple(flag for name, value in self.vllm.items() for flag in _as_flags(name, value))
 
 
-SECTIONS: Final[tuple[type[BaseModel], ...]] = (Listen, Access, Requests, Context, Logs)
+SECTIONS: Final[tuple[type[BaseModel], ...]] = (Listen, Access, Requests, Context, Store, Logs)
 
 
 def load_settings(flags: Mapping[str, Any], file: Path | None) -> Settings:

@@ -38,19 +38,24 @@ from server.engine.conversations import (
     without_token_slicing,
 )
 from server.engine.counting import MessageCounter, Overheads, measure_overheads
+from server.engine.progress import Progress, follow_requests, followed
 
 _TOOL_SETS_REMEMBERED: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one engine request asks for, in exact tokens. `max_tokens` is 0 for pooling requests."""
+    """What one engine request asks for, in exact tokens, and what it has consumed of it.
+
+    `max_tokens` is that of each of the `n` choices, and 0 for pooling requests.
+    """
 
     engine_request_id: str
     prompt_tokens: int
     max_tokens: int
     n: int
     max_model_len: int
+    progress: Progress
 
     @property
     def fills_window(self) -> bool:
@@ -185,9 +190,13 @@ async def open_renderer_seam(renderer: OnlineRenderer, seams: Seams, count_cache
 
 
 class SeamedEngine(AsyncLLM):
-    """vLLM's engine with seam 2 in it. `seams` is set right after construction, before the first request."""
+    """vLLM's engine with seam 2 in it. `open_seam` is called right after construction, before the first request."""
 
     seams: Seams
+
+    def open_seam(self, seams: Seams) -> None:
+        self.seams = seams
+        follow_requests(self.output_processor)
 
     def generate(  # a plain call that returns the generator saves a hop per token
         self,
@@ -223,7 +232,7 @@ class SeamedEngine(AsyncLLM):
             reasoning_ended=reasoning_ended,
             reasoning_parser_kwargs=reasoning_parser_kwargs,
         )
-        return self.seams.generate(demand, outputs)
+        return self.seams.generate(demand, followed(demand.progress, outputs))
 
     def encode(
         self,
@@ -248,10 +257,11 @@ class SeamedEngine(AsyncLLM):
             tokenization_kwargs=tokenization_kwargs,
             reasoning_ended=reasoning_ended,
         )
-        return self.seams.generate(demand, outputs)
+        return self.seams.generate(demand, followed(demand.progress, outputs))
 
     def _demand(self, request_id: str, prompt: Any, max_tokens: int, n: int) -> Demand:
-        return Demand(request_id, self._prompt_tokens(prompt), max_tokens, n, self.model_config.max_model_len)
+        window = self.model_config.max_model_len
+        return Demand(request_id, self._prompt_tokens(prompt), max_tokens, n, window, Progress())
 
     def _prompt_tokens(self, prompt: Any) -> int:
         """The exact prompt length, or 0 where vLLM has not tokenized yet (raw text, streamed input)."""

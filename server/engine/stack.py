@@ -103,7 +103,7 @@ def _build_engine(request: StackRequest, seams: Seams, stage: Stage) -> tuple[En
         engine = _start_engine(args)
     except Exception as error:
         raise _explained(error, args, request.engine_error_log) from error
-    engine.seams = seams
+    engine.open_seam(seams)
     return arguments, engine
 
 

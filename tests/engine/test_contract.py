@@ -10,7 +10,9 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor
 
+from server.engine.progress import FollowedOutputProcessor
 from server.engine.seams import SeamedEngine, SeamedRenderer
 
 pytestmark = pytest.mark.engine
@@ -35,6 +37,7 @@ _COMPLETION_STREAM = [
     "request", "engine_inputs", "result_generator", "request_id", "created_time", "model_name", "num_prompts",
     "tokenizer", "request_metadata",
 ]  # fmt: skip
+_ADD_REQUEST = ["request", "prompt", "parent_req", "request_index", "queue"]
 _FROM_VLLM_CONFIG = [
     "vllm_config", "start_engine_loop", "usage_context", "stat_loggers", "enable_log_requests",
     "aggregate_engine_logging", "disable_log_stats", "client_addresses", "client_count", "client_index",
@@ -63,6 +66,8 @@ def test_the_installed_vllm_is_the_pinned_version() -> None:
         (SeamedRenderer.preprocess_chat, _PREPROCESS_CHAT),
         (AsyncLLM.from_vllm_config, _FROM_VLLM_CONFIG),
         (AsyncLLM.shutdown, ["timeout"]),
+        (OutputProcessor.add_request, _ADD_REQUEST),
+        (FollowedOutputProcessor.add_request, _ADD_REQUEST),
         (EngineClient.check_admission, ["n", "request_id"]),
         (OpenAIServingChat.chat_completion_stream_generator, _CHAT_STREAM),
         (OpenAIServingCompletion.completion_stream_generator, _COMPLETION_STREAM),

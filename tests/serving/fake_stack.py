@@ -72,18 +72,28 @@ def new_service(slot: EngineSlot, requests: OpenRequests, rules: BodyRules | Non
     return Service(slot, requests, rules, new_fitter())
 
 
+@dataclass(slots=True)
+class FakeProgress:
+    """What an engine request has consumed, as the test says."""
+
+    in_engine: bool = True
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Demand:
     prompt_tokens: int
+    progress: FakeProgress
     max_tokens: int = 16
     n: int = 1
     max_model_len: int = 4096
     fills_window: bool = False
 
 
-def demand(prompt_tokens: int = 7) -> "Demand":
+def demand(prompt_tokens: int = 7, progress: FakeProgress | None = None) -> "Demand":
     """What an engine request asks for."""
-    return cast("Demand", _Demand(prompt_tokens))
+    return cast("Demand", _Demand(prompt_tokens, progress or FakeProgress()))
 
 
 @dataclass(slots=True)
