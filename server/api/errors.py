@@ -34,15 +34,18 @@ _TABLE: Final[Mapping[type[Refusal], Wire]] = {
     ),
     refusals.BodyTooLarge: Wire(413, "invalid_request_error", "request_too_large", "request_too_large"),
     refusals.InvalidApiKey: Wire(401, "invalid_request_error", "invalid_api_key", "authentication_error"),
+    refusals.StoreUnavailable: Wire(503, "server_error", "store_unavailable", "overloaded_error"),
     refusals.ModelNotFound: Wire(404, "invalid_request_error", "model_not_found", "not_found_error"),
     refusals.NotFound: Wire(404, "invalid_request_error", "not_found", "not_found_error"),
     refusals.Unsupported: Wire(404, "invalid_request_error", "unsupported_endpoint", "not_found_error"),
+    refusals.Conflict: Wire(409, "invalid_request_error", "conflict", "invalid_request_error"),
     refusals.MethodNotAllowed: Wire(405, "invalid_request_error", "method_not_allowed", "invalid_request_error"),
     refusals.UnprocessableContent: Wire(422, "invalid_request_error", "unprocessable_content", "invalid_request_error"),
     refusals.RateLimited: Wire(429, "rate_limit_error", "rate_limit_exceeded", "rate_limit_error"),
     refusals.Overloaded: Wire(503, "server_error", "server_overloaded", "overloaded_error"),
     refusals.NotReady: Wire(503, "server_error", "engine_not_ready", "overloaded_error"),
     refusals.Draining: Wire(503, "server_error", "server_draining", "overloaded_error"),
+    refusals.StorageFull: Wire(507, "server_error", "storage_full", "api_error"),
     refusals.GenerationFailed: Wire(500, "server_error", "internal_error", "api_error"),
 }
 

@@ -8,14 +8,18 @@ written for the person who reads it in a chat window.
 class Refusal(Exception):
     """A request that is not served, and why.
 
-    `param` names the request field at fault; `retry_after_s` is when trying again can help.
+    `param` names the request field at fault; `retry_after_s` is when trying again can help. `should_retry` False tells
+    clients that would try again by themselves, as the official SDKs do, to leave it.
     """
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None, should_retry: bool = True
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.should_retry = should_retry
 
 
 class InvalidRequest(Refusal):
@@ -38,12 +42,20 @@ class InvalidApiKey(Refusal):
     """No key, or one that is not known."""
 
 
+class StoreUnavailable(Refusal):
+    """Redis does not answer, and what is asked stands nowhere else: whether a key is good, say."""
+
+
 class ModelNotFound(Refusal):
     """The named model is not served here."""
 
 
 class NotFound(Refusal):
     """No such route, or an object that does not exist."""
+
+
+class Conflict(Refusal):
+    """What is asked for does not go with what is there."""
 
 
 class MethodNotAllowed(Refusal):
@@ -76,3 +88,7 @@ class Draining(Refusal):
 
 class GenerationFailed(Refusal):
     """The engine failed while it worked on this request."""
+
+
+class StorageFull(Refusal):
+    """There is no room on disk, or none left of the caller's share of it."""

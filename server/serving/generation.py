@@ -44,6 +44,7 @@ class Generation:
         request = _request()
         request.prompt_tokens += demand.prompt_tokens
         _note_clamp(demand, request)
+        request.admitted()
         running = Running(outputs())
         request.running.add(running)
         try:

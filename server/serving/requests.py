@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -79,6 +79,7 @@ class OpenRequest:
     `detached`: it goes on generating after its answer (background responses), so nothing is closed with it.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
     `tenant` owns it; `end_user` is whom a trusted tenant sent it for.
+    `on_admitted` is told when the engine takes it, once for each engine request.
     """
 
     request_id: str
@@ -98,6 +99,12 @@ class OpenRequest:
     running: set[Running] = field(default_factory=set)
     detached: bool = False
     letting_go: bool = False
+    on_admitted: Callable[[], None] | None = None
+
+    def admitted(self) -> None:
+        """The engine takes one of its engine requests now."""
+        if self.on_admitted is not None:
+            self.on_admitted()
 
     def edited(self, edits: Edits) -> None:
         """Note what was changed in the request, for the answer's head and body. A batch call adds up."""

@@ -1,0 +1,19 @@
+"""One name for every way in which Redis fails to answer, for rooms that do not know Redis."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from redis.exceptions import RedisError
+
+
+class RedisUnavailable(Exception):
+    """Redis did not answer, or not in time."""
+
+
+@asynccontextmanager
+async def reached() -> AsyncIterator[None]:
+    """Inside it, what the client raises becomes `RedisUnavailable`."""
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        raise RedisUnavailable(str(error)) from error
