@@ -21,12 +21,14 @@ from server.api.schema import DocumentedApi
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
+from server.serving.charging import Charging, Pricing
 from server.serving.engine_slot import EngineSlot
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Service
 from server.settings import Settings
+from server.store.home import Store
 from server.telemetry import metrics
 from server.telemetry.metrics import Metrics
 
@@ -46,13 +48,16 @@ class Application:
     slot: EngineSlot
     requests: OpenRequests
     generation: Generation
+    store: Store
 
 
 def build_application(
     settings: Settings, versions: Mapping[str, str], registry: CollectorRegistry = REGISTRY
 ) -> Application:
-    """Everything but the engine, which is loaded while this already answers."""
+    """Everything but the engine, which is loaded while this already answers. Raises `BadRedisUrl`."""
     slot, requests, figures = EngineSlot(), OpenRequests(), Metrics(registry)
+    store = Store(settings.redis_url, settings.data_path)
+    charging = Charging(store.limiter, store.replica, _pricing(settings), figures)
     fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
     rules = BodyRules(
         opened_fields=frozenset(settings.allow_client_field),
@@ -60,7 +65,7 @@ def build_application(
             chat=settings.default_max_tokens, background_task=settings.background_task_max_tokens
         ),
     )
-    service = Service(slot, requests, rules, fitter)
+    service = Service(slot, requests, rules, fitter, charging)
     docs = settings.docs
     api = DocumentedApi(
         title="Tidegate",
@@ -85,7 +90,11 @@ def build_application(
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation(fitter))
+    return Application(asgi, slot, requests, Generation(fitter, charging), store)
+
+
+def _pricing(settings: Settings) -> Pricing:
+    return Pricing(settings.cached_token_price, settings.limit_reserve_tokens or None)
 
 
 def _context_policy(settings: Settings) -> ContextPolicy:

@@ -22,6 +22,7 @@ import uvloop
 from server.app import Application, build_application
 from server.policy.refusals import Draining
 from server.settings import Settings
+from server.store.connection import BadRedisUrl
 from server.telemetry import logs
 
 if TYPE_CHECKING:
@@ -57,7 +58,11 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
         contextlib.closing(listener),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        process = Process(settings, vllm_args, versions, Path(scratch), json_lines=json_lines)
+        try:
+            process = Process(settings, vllm_args, versions, Path(scratch), json_lines=json_lines)
+        except BadRedisUrl as error:
+            _say_why(str(error))
+            return 1
         code = runner.run(process.run(listener))
         if process.loading_abandoned:  # its thread cannot be interrupted, and leaving the block would wait for it
             shutil.rmtree(scratch)
@@ -95,7 +100,8 @@ class Process:
         http = _HttpServer(self._http_config())
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         try:
-            code = await self._live()
+            async with self._app.store.running():
+                code = await self._live()
         finally:
             http.should_exit = True
             await serving
@@ -109,7 +115,7 @@ class Process:
     async def _live(self) -> int:
         stack = await self._load()
         if stack is None:
-            _end_children()
+            _end_children(self._app.store.server_pid)
             return 0 if self._stop.is_set() else 1
         self._app.slot.fill(stack)
         gc.collect()
@@ -126,7 +132,7 @@ class Process:
             died.cancel()
             await self._drain()
         await asyncio.to_thread(stack.shutdown)
-        _end_children()
+        _end_children(self._app.store.server_pid)
         return 1 if died.done() and not died.cancelled() else 0
 
     async def _load(self) -> "Stack | None":
@@ -270,12 +276,13 @@ async def _first(*waits: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
                 task.cancel()
 
 
-def _end_children() -> None:
-    """End every process that this one started, and theirs.
+def _end_children(spared: int | None) -> None:
+    """End every process that this one started, and theirs, except the one that its owner ends after the last settle.
 
     Python's resource tracker is left: it cleans up shared memory, and ends by itself with this process.
     """
-    children = [child for child in psutil.Process().children(recursive=True) if not _is_resource_tracker(child)]
+    family = psutil.Process().children(recursive=True)
+    children = [child for child in family if child.pid != spared and not _is_resource_tracker(child)]
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.terminate()

@@ -133,6 +133,14 @@ class Store(BaseModel):
     data_folder: Path | None = Field(
         None, description="Folder for what the server keeps. Unset: the user's data folder for tidegate."
     )
+    cached_token_price: float = Field(
+        1.0, ge=0, le=1, description="What a prompt token found in the prefix cache counts against token limits."
+    )
+    limit_reserve_tokens: int = Field(
+        1024, ge=0,
+        description="Tokens reserved for an answer whose length the request leaves open; what it uses more is made up "
+        "for afterwards. 0 reserves all it may get.",
+    )  # fmt: skip
 
 
 class Logs(BaseModel):

@@ -32,6 +32,7 @@ _TABLE: Final[Mapping[type[Refusal], Wire]] = {
     refusals.ContextLengthExceeded: Wire(
         400, "invalid_request_error", "context_length_exceeded", "invalid_request_error"
     ),
+    refusals.CostAboveLimit: Wire(400, "invalid_request_error", "tokens_above_limit", "invalid_request_error"),
     refusals.BodyTooLarge: Wire(413, "invalid_request_error", "request_too_large", "request_too_large"),
     refusals.InvalidApiKey: Wire(401, "invalid_request_error", "invalid_api_key", "authentication_error"),
     refusals.StoreUnavailable: Wire(503, "server_error", "store_unavailable", "overloaded_error"),

@@ -114,9 +114,12 @@ def status_router(service: Service, versions: dict[str, str], metrics_page: Call
     @router.get("/ping")
     @router.post("/ping")
     async def ready() -> Response:
-        """200 when requests are served, else 503 with what the server is doing."""
+        """200 when requests are served, else 503 with what the server is doing.
+
+        `limits` says whether Redis keeps them, or each replica alone because it does not answer.
+        """
         if service.ready:
-            return JSONResponse({"status": "ready"})
+            return JSONResponse({"status": "ready", "limits": service.limits_mode})
         return JSONResponse({"status": "not ready", "stage": service.stage}, status_code=503)
 
     @router.get("/version")

@@ -34,6 +34,10 @@ class ContextLengthExceeded(InvalidRequest):
     """The prompt does not fit the model's window."""
 
 
+class CostAboveLimit(InvalidRequest):
+    """The request needs more tokens than the caller's limit ever holds at once."""
+
+
 class BodyTooLarge(Refusal):
     """The body is over the byte cap."""
 

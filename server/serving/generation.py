@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from server.policy.edits import Edits
 from server.policy.refusals import Refusal
+from server.serving.charging import Charging
 from server.serving.fitting import HistoryFitter
 from server.serving.requests import OpenRequest, Running, current_request
 
@@ -21,8 +22,9 @@ Output = TypeVar("Output")
 class Generation:
     """What happens at the engine's two seams, for every endpoint alike."""
 
-    def __init__(self, fitter: HistoryFitter) -> None:
+    def __init__(self, fitter: HistoryFitter, charging: Charging) -> None:
         self._fitter = fitter
+        self._charging = charging
 
     async def render(self, conversation: Conversation) -> Rendered:
         """Seam 1: messages become tokens."""
@@ -44,26 +46,30 @@ class Generation:
         request = _request()
         request.prompt_tokens += demand.prompt_tokens
         _note_clamp(demand, request)
-        request.admitted()
-        running = Running(outputs())
-        request.running.add(running)
         try:
-            async for output in running.generator:
-                request.producing = True
-                yield output
-                running.consumer = asyncio.current_task()
+            async with self._charging.charge(request, demand):
+                request.admitted()
+                running = Running(outputs())
+                request.running.add(running)
+                try:
+                    async for output in running.generator:
+                        request.producing = True
+                        yield output
+                        running.consumer = asyncio.current_task()
+                finally:
+                    await running.close()
+                    request.running.discard(running)
         except Refusal as refusal:
             request.refusal = refusal
             raise
-        finally:
-            await running.close()
-            request.running.discard(running)
 
 
 def _request() -> OpenRequest:
-    """The open request, or a stand-in for work that no client waits for."""
+    """The open request, or a stand-in for work that no client waits for; its owner is charged all the same."""
     request = current_request()
-    return OpenRequest(request_id="", path="") if request is None or request.detached else request
+    if request is None:
+        return OpenRequest(request_id="", path="")
+    return request.stand_in() if request.detached else request
 
 
 def _note_clamp(demand: Demand, request: OpenRequest) -> None:

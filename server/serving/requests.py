@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -32,6 +32,27 @@ class DryRun:
     """Asks seam 1 to fit whatever is rendered for this request, and to leave a report."""
 
     report: FitReport | None = None
+
+
+class Unsettled(Protocol):
+    """A charge that is settled when its engine request is over."""
+
+    def settle(self) -> None:
+        """Settle it, unless it is settled."""
+        ...
+
+
+@dataclass(slots=True)
+class Account:
+    """What a client's request has been charged: it counts as one request, however many engine requests it makes.
+
+    `lease` is its place among its tenant's concurrent requests. `open` are the charges not settled yet.
+    """
+
+    counted: bool = False
+    lease: str | None = None
+    in_engine: bool = False
+    open: set[Unsettled] = field(default_factory=set)
 
 
 class Running:
@@ -77,8 +98,9 @@ class OpenRequest:
     `refusal` keeps the class of an error that vLLM's generators would turn into text. `running` holds what the engine
     generates for it: vLLM does not close its generators when a stream is left early, so the request does.
     `detached`: it goes on generating after its answer (background responses), so nothing is closed with it.
+    `model` is the one that the client named, `model_name` the one that answers.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
-    `tenant` owns it; `end_user` is whom a trusted tenant sent it for.
+    `tenant` owns it; `end_user` is whom a trusted tenant sent it for; `account` is what they were charged.
     `on_admitted` is told when the engine takes it, once for each engine request.
     """
 
@@ -86,12 +108,14 @@ class OpenRequest:
     path: str
     tenant: Tenant = ANYONE
     end_user: str | None = None
+    account: Account = field(default_factory=Account)
     producing: bool = False
     client_left: bool = False
     prompt_tokens: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     refusal: Refusal | None = None
     model: str | None = None
+    model_name: str = ""
     truncation: TruncationPolicy | None = None
     asked_max_tokens: int | None = None
     edits: Edits = NO_EDITS
@@ -105,6 +129,19 @@ class OpenRequest:
         """The engine takes one of its engine requests now."""
         if self.on_admitted is not None:
             self.on_admitted()
+
+    def stand_in(self) -> OpenRequest:
+        """A request for what goes on after this one's answer: the same owner and account, and nobody to tell."""
+        return OpenRequest(
+            request_id=self.request_id,
+            path=self.path,
+            tenant=self.tenant,
+            end_user=self.end_user,
+            account=self.account,
+            model=self.model,
+            model_name=self.model_name,
+            asked_max_tokens=self.asked_max_tokens,
+        )
 
     def edited(self, edits: Edits) -> None:
         """Note what was changed in the request, for the answer's head and body. A batch call adds up."""
@@ -155,7 +192,7 @@ class OpenRequests:
         finally:
             _current.reset(token)
             request.letting_go = True
-            if request.running:
+            if request.running or request.account.open:
                 await _to_its_end(self._let_go(task, request))
             else:
                 self._forget(task)
@@ -167,6 +204,9 @@ class OpenRequests:
 
     async def _let_go(self, task: asyncio.Task[Any], request: OpenRequest) -> None:
         closed = await asyncio.gather(*(running.release() for running in request.running), return_exceptions=True)
+        if not request.detached:
+            for charged in tuple(request.account.open):
+                charged.settle()
         self._forget(task)
         for error in closed:
             if error is not None:

@@ -22,6 +22,7 @@ from server.policy.bodies import (
 )
 from server.policy.context import parse_truncation
 from server.policy.refusals import Unsupported
+from server.serving.charging import Charging
 from server.serving.engine_slot import EngineSlot
 from server.serving.fitting import HistoryFitter, described
 from server.serving.requests import DryRun, OpenRequest, OpenRequests
@@ -37,6 +38,8 @@ RESPONSES_ROUTE: Final = "/v1/responses"
 # Where a request may leave its cap open, and the field that holds it.
 _CAP_FIELDS: Final[Mapping[str, str]] = {CHAT_ROUTE: "max_completion_tokens", RESPONSES_ROUTE: "max_output_tokens"}
 _COUNT_ROUTE: Final = "/v1/messages/count_tokens"
+# These use nothing that a limit counts.
+_FREE_ROUTES: Final = frozenset({"/tokenize", "/detokenize", _COUNT_ROUTE})
 _FITTED_ROUTES: Final = frozenset(
     {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/completions", "/tokenize"}
 )
@@ -61,7 +64,10 @@ class BodyRules:
 class Service:
     """Answers calls on whichever stack serves now."""
 
-    def __init__(self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules, fitter: HistoryFitter) -> None:
+    def __init__(
+        self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules, fitter: HistoryFitter, charging: Charging
+    ) -> None:
+        self._charging = charging
         self.slot = slot
         self.requests = requests
         self._rules = rules
@@ -78,6 +84,11 @@ class Service:
     def stage(self) -> str:
         """What the server is doing, for a person who asks."""
         return "draining" if self.requests.draining else self.slot.stage
+
+    @property
+    def limits_mode(self) -> str:
+        """Where limits are kept now: `redis` or `local`."""
+        return self._charging.mode
 
     async def model_cards(self) -> list[dict[str, Any]]:
         """The served models and adapters as `/v1/models` lists them."""
@@ -100,6 +111,9 @@ class Service:
             message = f"The model `{stack.model_names[0]}` does not support {call.method} {call.route}."
             raise Unsupported(message)
         body = None if call.body is None else self._ruled(call, call.body, stack, request)
+        if call.method == "POST" and call.route not in _FREE_ROUTES:
+            request.model_name = request.model or stack.model_names[0]
+            self._charging.check(request)
         return await operation(replace(call, body=body, headers=self._headers(call, request)))
 
     async def _context_fit(self, call: Call, request: OpenRequest) -> Reply:

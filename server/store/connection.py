@@ -7,10 +7,13 @@ from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
 Client = Redis | RedisCluster
 
 TIMEOUT_S: Final = 0.05
+# What a call raises when Redis does not do it; a timeout of the socket comes as Python's own.
+FAILURES: Final = (RedisError, OSError)
 _PLAIN_SCHEMES: Final = ("redis", "rediss", "unix")
 _SENTINEL: Final = "+sentinel"
 _CLUSTER: Final = "+cluster"
@@ -52,7 +55,7 @@ def _through_sentinel(url: SplitResult, timeout_s: float) -> Redis:
     service, _, db = url.path.strip("/").partition("/")
     if not service:
         raise BadRedisUrl("The Redis URL names no service after its sentinels: redis+sentinel://HOST:PORT/SERVICE.")
-    sentinels = Sentinel(
+    sentinels = Sentinel(  # type: ignore[no-untyped-call]
         _hosts(url, _SENTINEL_PORT),
         sentinel_kwargs={
             "socket_timeout": timeout_s,

@@ -20,10 +20,9 @@ from urllib.parse import quote
 
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from server.store import die_with_parent
-from server.store.connection import connect
+from server.store.connection import FAILURES, connect
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +70,7 @@ class EmbeddedRedis:
     async def running(self) -> AsyncIterator[None]:
         """Keep it running. Entering does not wait for it; leaving waits until it has written its data and ended."""
         keeper = asyncio.create_task(self._keep())
+        keeper.add_done_callback(_say_if_failed)
         try:
             yield
         finally:
@@ -130,10 +130,11 @@ class EmbeddedRedis:
 
     async def _wait_for_answer(self, ended: "asyncio.Task[int]") -> None:
         async with _client(self.url) as client:
-            while not ended.done() and not await _answers(client):
+            while not ended.done():
+                if await _answers(client):
+                    self._is_up("started")
+                    return
                 await asyncio.sleep(_ANSWER_INTERVAL_S)
-        if not ended.done():
-            self._is_up("started")
 
     def _is_up(self, how: str) -> None:
         self._up.set()
@@ -207,8 +208,13 @@ async def _answers(client: Redis) -> bool:
     """Whether it takes commands. While it reads its data it does not, and says so."""
     try:
         return bool(await client.ping())
-    except RedisError:
+    except FAILURES:
         return False
+
+
+def _say_if_failed(keeper: "asyncio.Task[None]") -> None:
+    if not keeper.cancelled() and (error := keeper.exception()) is not None:
+        log.error("the embedded Redis is no longer kept running", exc_info=error)
 
 
 async def _stopped(process: asyncio.subprocess.Process, ended: "asyncio.Task[int]") -> None:

@@ -1,10 +1,22 @@
 """Every metric of ours, declared once. vLLM's own `vllm:*` metrics share the registry and the page."""
 
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, Counter, Histogram, generate_latest
+from collections.abc import Callable
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # A generation takes from some milliseconds (a refusal) to many minutes (a long answer on a busy server).
 _DURATION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# One round trip to Redis: well under a millisecond nearby, and never over its timeout.
+_LIMITER_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 _FIT_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
@@ -39,6 +51,28 @@ class Metrics:
             "tidegate_context_fit_duration_seconds", "Counting and planning of histories that do not fit by length",
             buckets=_FIT_BUCKETS_S, registry=registry,
         )  # fmt: skip
+
+        self._limit_refusals = Counter(
+            "tidegate_limit_refusals_total", "Requests refused with 429, by the limit they met", ("limit",),
+            registry=registry,
+        )  # fmt: skip
+        self._limiter_duration = Histogram(
+            "tidegate_limiter_duration_seconds", "Charging a request before it runs", buckets=_LIMITER_BUCKETS_S,
+            registry=registry,
+        )  # fmt: skip
+        self._limits_local = Gauge(
+            "tidegate_limits_local", "1 while Redis does not answer and each replica limits alone", registry=registry
+        )
+
+    def limit_refused(self, limit: str) -> None:
+        self._limit_refusals.labels(limit).inc()
+
+    def limiter_asked(self, duration_s: float) -> None:
+        self._limiter_duration.observe(duration_s)
+
+    def watch_limiter(self, is_local: Callable[[], bool]) -> None:
+        """Read at each scrape."""
+        self._limits_local.set_function(lambda: float(is_local()))
 
     def truncated(self, messages: int, tokens: int) -> None:
         """A prompt was cut."""

@@ -85,7 +85,7 @@ def test_a_loading_server_refuses_calls_with_a_time_to_come_back(loading: httpx.
 
 def test_a_server_with_an_engine_is_ready(ready: httpx.Client) -> None:
     for path in ("/health", "/health/ready", "/ping"):
-        assert (ready.get(path).status_code, ready.get(path).json()) == (200, {"status": "ready"})
+        assert (ready.get(path).status_code, ready.get(path).json()) == (200, {"status": "ready", "limits": "redis"})
 
 
 def test_the_version_has_vllms_and_ours(loading: httpx.Client) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class RunningServer:
 def start_server(folder: Path, *args: str, environment: Mapping[str, str] | None = None) -> RunningServer:
     """Start `tidegate serve ARGS` on a port of its choice; returns as soon as it listens."""
     log_file = folder / "server.log"
-    command = serve_command("--port", "0", "--log-format", "json", *args)
+    command = serve_command("--port", "0", "--log-format", "json", "--data-folder", str(folder / "data"), *args)
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(environment))
     server = RunningServer(process, "", log_file)
@@ -122,14 +123,15 @@ def serve_command(*args: str) -> Sequence[str]:
 
 def run_serve(*args: str, environment: Mapping[str, str] | None = None, timeout_s: float = START_TIMEOUT_S) -> Any:
     """Run a start that is expected to end by itself."""
-    return subprocess.run(
-        serve_command("--log-format", "json", *args),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=_environment(environment),
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as data_folder:
+        return subprocess.run(
+            serve_command("--log-format", "json", "--data-folder", data_folder, *args),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=_environment(environment),
+            check=False,
+        )
 
 
 def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:

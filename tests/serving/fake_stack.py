@@ -11,11 +11,15 @@ from server.engine.calls import Call, Frame, Reply, StreamReply
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
 from server.policy.refusals import InvalidRequest, Refusal
+from server.serving.charging import Charging, Pricing
 from server.serving.engine_slot import EngineSlot
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Service
+from server.store.connection import connect
+from server.store.limit_script import LimitScript
+from server.store.limiter import Limiter
 from server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:  # the engine room imports vLLM
@@ -63,13 +67,19 @@ def new_fitter() -> HistoryFitter:
     return HistoryFitter(ContextPolicy(TruncationPolicy(), None), {}, Metrics(CollectorRegistry()))
 
 
+def new_charging() -> Charging:
+    """It charges nobody: tests of other things serve anyone, who has no limits. No Redis is reached."""
+    limiter = Limiter(LimitScript(connect("unix:///nowhere")), "a-replica")
+    return Charging(limiter, "a-replica", Pricing(), Metrics(CollectorRegistry()))
+
+
 def new_generation() -> Generation:
-    return Generation(new_fitter())
+    return Generation(new_fitter(), new_charging())
 
 
 def new_service(slot: EngineSlot, requests: OpenRequests, rules: BodyRules | None = None) -> Service:
     rules = rules or BodyRules(frozenset(), MaxTokensDefaults())
-    return Service(slot, requests, rules, new_fitter())
+    return Service(slot, requests, rules, new_fitter(), new_charging())
 
 
 @dataclass(slots=True)
@@ -94,6 +104,11 @@ class _Demand:
 def demand(prompt_tokens: int = 7, progress: FakeProgress | None = None) -> "Demand":
     """What an engine request asks for."""
     return cast("Demand", _Demand(prompt_tokens, progress or FakeProgress()))
+
+
+def open_demand(prompt_tokens: int, progress: FakeProgress) -> "Demand":
+    """What a request asks for that names no cap: all that the window leaves."""
+    return cast("Demand", _Demand(prompt_tokens, progress, max_tokens=4096 - prompt_tokens, fills_window=True))
 
 
 @dataclass(slots=True)

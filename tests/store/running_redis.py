@@ -1,7 +1,7 @@
 """A real Redis for tests: the embedded one, kept running by a thread of its own."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,3 +25,13 @@ async def up(embedded: EmbeddedRedis) -> None:
     """Wait for it. Raises `TimeoutError` where it does not come."""
     async with asyncio.timeout(UP_WITHIN_S):
         await embedded.wait_until_up()
+
+
+async def until(holds: Callable[[], bool | Awaitable[bool]], within_s: float = UP_WITHIN_S) -> None:
+    """Wait until something holds. Raises `TimeoutError`."""
+    async with asyncio.timeout(within_s):
+        while True:
+            verdict = holds()
+            if verdict if isinstance(verdict, bool) else await verdict:
+                return
+            await asyncio.sleep(0.01)

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from server.store.redis_server import CannotStart, EmbeddedRedis, find_program, wheel_program
-from tests.store.running_redis import UP_WITHIN_S, up
+from tests.store.running_redis import until, up
 from tests.telemetry.captured_logs import captured_logs
 
 pytestmark = pytest.mark.anyio
@@ -78,11 +78,8 @@ async def test_it_is_started_again_when_it_is_killed(tmp_path: Path) -> None:
         first = embedded.pid
         assert first is not None
         os.kill(first, signal.SIGKILL)
-        async with asyncio.timeout(UP_WITHIN_S):
-            while embedded.pid in (None, first):
-                await asyncio.sleep(0.05)
-            while not await ping(redis):
-                await asyncio.sleep(0.05)
+        await until(lambda: embedded.pid not in (None, first))
+        await until(lambda: ping(redis))
         assert await redis.get("what") == b"kept"
 
 
@@ -97,22 +94,18 @@ def start_owner(folder: Path) -> tuple["subprocess.Popen[str]", int]:
     """A process that runs the embedded Redis, and the pid of that Redis."""
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(folder)], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
-    return owner, int(owner.stdout.readline())
+    return owner, next(int(line) for line in owner.stdout if line.strip().isdigit())
 
 
-async def gone(pid: int) -> bool:
-    for _ in range(int(GONE_WITHIN_S / 0.05)):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        await asyncio.sleep(0.05)
-    return False
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 async def test_it_dies_with_an_owner_that_is_killed(tmp_path: Path) -> None:
     owner, pid = start_owner(tmp_path)
     owner.kill()
     owner.wait()
-    assert await gone(pid)
+    await until(lambda: gone(pid), GONE_WITHIN_S)
 
 
 async def test_a_second_server_shares_it_and_takes_over_with_the_data(tmp_path: Path) -> None:
@@ -124,11 +117,8 @@ async def test_a_second_server_shares_it_and_takes_over_with_the_data(tmp_path: 
         await redis.set("what", "kept")
         owner.kill()
         owner.wait()
-        async with asyncio.timeout(UP_WITHIN_S):
-            while second.pid is None:
-                await asyncio.sleep(0.05)
-            while not await ping(redis):
-                await asyncio.sleep(0.05)
+        await until(lambda: second.pid is not None)
+        await until(lambda: ping(redis))
         assert await redis.get("what") == b"kept"
 
 
@@ -165,9 +155,7 @@ async def test_data_that_cannot_be_read_is_left_alone_and_said(tmp_path: Path) -
     file.write_bytes(broken)
     with captured_logs() as logs:
         async with EmbeddedRedis(tmp_path).running():
-            async with asyncio.timeout(UP_WITHIN_S):
-                while not logs.events:
-                    await asyncio.sleep(0.05)
+            await until(lambda: bool(logs.events))
     (said,) = (line["event"] for line in logs.events)
     assert "cannot be read" in said
     assert str(tmp_path) in said
