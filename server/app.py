@@ -1,5 +1,6 @@
 """The composition: builds every room's parts from the settings and puts them together."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -14,25 +15,39 @@ from starlette.types import ASGIApp
 from server.api import errors
 from server.api.answer import WireLimits
 from server.api.auth import ApiKeys
+from server.api.batches import batches_router
 from server.api.errors import Dialect
+from server.api.files import files_router
 from server.api.middleware import Exchange
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
+from server.policy.tenants import ANYONE, Tenant
+from server.serving.batch_desk import BatchDesk
+from server.serving.batch_life import BatchKeeping
+from server.serving.batch_plan import InputLimits
+from server.serving.batch_work import LineParts
+from server.serving.batches import BatchRunner, Runners
 from server.serving.charging import Charging, Pricing
 from server.serving.engine_slot import EngineSlot
+from server.serving.file_desk import FileDesk, FileRules
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
+from server.serving.line_runner import LineRunner
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Service
 from server.settings import Settings
+from server.store.file_bodies import FileBodies
 from server.store.home import Store
 from server.telemetry import metrics
+from server.telemetry.batches import BatchMetrics
 from server.telemetry.metrics import Metrics
 
 _MIB: Final = 1 << 20
+_DAY_S: Final = 24 * 3600
+_BATCH_FOLDER: Final = "batches"
 _ANTHROPIC_PREFIX: Final = "/v1/messages"
 _HTTP_REFUSALS: Final[Mapping[int, type[Refusal]]] = {
     HTTPStatus.NOT_FOUND: NotFound,
@@ -49,6 +64,7 @@ class Application:
     requests: OpenRequests
     generation: Generation
     store: Store
+    batches: BatchRunner
 
 
 def build_application(
@@ -78,6 +94,12 @@ def build_application(
     authenticate = ApiKeys(settings.api_key)
     api.include_router(_status(service, versions, figures))
     api.include_router(operations_router(service, limits, authenticate, developer_routes=settings.developer_routes))
+    keeping = _keeping(settings, store)
+    batches = _batches(settings, keeping, store.replica, service, BatchMetrics(registry))
+    if settings.batches:
+        desk = FileDesk(keeping, _file_rules(settings))
+        api.include_router(files_router(desk, authenticate))
+        api.include_router(batches_router(BatchDesk(keeping, desk, batches.look), authenticate))
     api.add_exception_handler(HTTPException, _on_http_exception)
     api.add_exception_handler(Refusal, _on_refusal)
     api.add_exception_handler(Exception, _on_error)
@@ -90,7 +112,37 @@ def build_application(
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation(fitter, charging), store)
+    return Application(asgi, slot, requests, Generation(fitter, charging), store, batches)
+
+
+def _keeping(settings: Settings, store: Store) -> BatchKeeping:
+    bodies = FileBodies(settings.batch_folder or settings.data_path / _BATCH_FOLDER)
+    return BatchKeeping(store.batches, store.files, bodies, int(settings.batch_files_kept_days * _DAY_S), time.time)
+
+
+def _file_rules(settings: Settings) -> FileRules:
+    kept_s = int(settings.batch_files_kept_days * _DAY_S)
+    return FileRules(int(settings.batch_max_file_mib * _MIB), int(settings.batch_quota_mib * _MIB), kept_s)
+
+
+def _batches(
+    settings: Settings, keeping: BatchKeeping, replica: str, service: Service, figures: BatchMetrics
+) -> BatchRunner:
+    lines = LineParts(LineRunner(service), _described, _never, figures)
+    limits = InputLimits(settings.batch_max_lines, int(settings.max_body_mib * _MIB))
+    return BatchRunner(keeping, lines, limits, Runners(replica, _tenant_named, runs=settings.batches))
+
+
+def _described(refusal: Refusal) -> tuple[int, dict[str, Any]]:
+    return errors.status(refusal), errors.body(refusal, "openai")
+
+
+def _never() -> bool:
+    return False
+
+
+async def _tenant_named(name: str) -> Tenant | None:
+    return ANYONE if name == ANYONE.name else None
 
 
 def _pricing(settings: Settings) -> Pricing:

@@ -100,7 +100,7 @@ class Process:
         http = _HttpServer(self._http_config())
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         try:
-            async with self._app.store.running():
+            async with self._app.store.running(), self._app.batches.running():
                 code = await self._live()
         finally:
             http.should_exit = True

@@ -143,6 +143,21 @@ class Store(BaseModel):
     )  # fmt: skip
 
 
+class Batches(BaseModel):
+    """Batches"""
+
+    batches: bool = Field(True, description="Serve /v1/files and /v1/batches, and run batches in the gaps.")
+    batch_folder: Path | None = Field(
+        None, description="Folder for files, shared by replicas that share one Redis. Unset: in the data folder."
+    )
+    batch_max_lines: int = Field(50_000, ge=1, description="Most requests in one batch.")
+    batch_max_file_mib: float = Field(512, gt=0, description="Largest uploaded file in MiB.")
+    batch_quota_mib: float = Field(
+        10_240, ge=0, description="What one tenant's files may take together, in MiB; 0 for any."
+    )
+    batch_files_kept_days: float = Field(30, gt=0, description="Days that files are kept, unless a client says fewer.")
+
+
 class Logs(BaseModel):
     """Logs"""
 
@@ -155,7 +170,7 @@ class Logs(BaseModel):
     )
 
 
-class Settings(Listen, Access, Requests, Context, Store, Logs, BaseSettings):
+class Settings(Listen, Access, Requests, Context, Store, Batches, Logs, BaseSettings):
     """The whole tree, frozen. Only the composition (`server/app.py`) sees it; rooms get their own small parts."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
@@ -188,7 +203,7 @@ class Settings(Listen, Access, Requests, Context, Store, Logs, BaseSettings):
         return tuple(flag for name, value in self.vllm.items() for flag in _as_flags(name, value))
 
 
-SECTIONS: Final[tuple[type[BaseModel], ...]] = (Listen, Access, Requests, Context, Store, Logs)
+SECTIONS: Final[tuple[type[BaseModel], ...]] = (Listen, Access, Requests, Context, Store, Batches, Logs)
 
 
 def load_settings(flags: Mapping[str, Any], file: Path | None) -> Settings:

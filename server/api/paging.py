@@ -1,10 +1,12 @@
 """The parameters and the shape of OpenAI's lists."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from server.policy.refusals import InvalidRequest
-from server.store.pages import Cut
+from server.store.pages import Cut, Order
+
+_ORDERS: Final[Mapping[str, Order]] = {"asc": "asc", "desc": "desc"}
 
 
 def cut_from(query: Mapping[str, str], most: int, default: int) -> Cut:
@@ -12,8 +14,8 @@ def cut_from(query: Mapping[str, str], most: int, default: int) -> Cut:
     given = query.get("limit", str(default))
     if not given.isdecimal() or not 1 <= int(given) <= most:
         raise InvalidRequest(f"`limit` must be a whole number from 1 to {most}.", param="limit")
-    order = query.get("order", "desc")
-    if order != "asc" and order != "desc":  # narrows the type
+    order = _ORDERS.get(query.get("order", "desc"))
+    if order is None:
         raise InvalidRequest("`order` must be `asc` or `desc`.", param="order")
     return Cut(int(given), query.get("after") or None, order)
 

@@ -1,7 +1,7 @@
 """Reads a multipart upload as it comes: small fields are kept, the file's bytes are passed on."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
@@ -9,6 +9,9 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 
 from server.policy.refusals import InvalidRequest
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 _FILE_FIELD: Final = "file"
 _MOST_PARTS: Final = 32
@@ -72,7 +75,7 @@ class _Parts:
         pieces, self._pieces = self._pieces, []
         return pieces
 
-    def callbacks(self) -> dict[str, Callable[..., None]]:
+    def callbacks(self) -> "MultipartCallbacks":
         return {
             "on_part_begin": self._begin,
             "on_header_field": self._on_header_name,

@@ -39,10 +39,11 @@ TenantOf = Callable[[str], Awaitable[Tenant | None]]
 
 @dataclass(frozen=True, slots=True)
 class Runners:
-    """Who runs batches here. `replica` is this process's name on its leases."""
+    """Who runs batches here. `replica` is this process's name on its leases; `runs` False: nobody does."""
 
     replica: str
     tenant_of: TenantOf
+    runs: bool = True
 
 
 class LeaseLost(Exception):
@@ -70,6 +71,9 @@ class BatchRunner:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run batches inside it. Leaving stops them where they are; what they wrote is kept, and they go on later."""
+        if not self._who.runs:
+            yield
+            return
         tasks = [asyncio.create_task(self._run_all()), asyncio.create_task(self._sweep_now_and_then())]
         try:
             yield

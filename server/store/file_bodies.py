@@ -32,24 +32,22 @@ class FileBodies:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._folder_id: str | None = None
 
     def folder_id(self) -> str:
         """A name for this folder, made at its first use. Raises `DiskFull` and `OSError`."""
-        self._files().mkdir(mode=0o700, parents=True, exist_ok=True)
-        named = self._folder / _FOLDER_ID
-        with suppress(FileExistsError), disk_full_named():
-            fresh = self._folder / f"{_FOLDER_ID}.{secrets.token_hex(4)}"
-            fresh.write_text(secrets.token_hex(8), encoding="ascii")
-            try:
-                os.link(fresh, named)  # whole, or not at all, whoever else does the same now
-            finally:
-                fresh.unlink()
-        return named.read_text(encoding="ascii")
+        if self._folder_id is None:
+            self._files().mkdir(mode=0o700, parents=True, exist_ok=True)
+            named = self._folder / _FOLDER_ID
+            if not named.exists():
+                _write_once(named, secrets.token_hex(8))
+            self._folder_id = named.read_text(encoding="ascii")
+        return self._folder_id
 
     def path(self, file_id: str) -> Path:
         """Where a body lies, if it does. Raises `ValueError` for what is no id of ours."""
         if _FILE_ID.fullmatch(file_id) is None:
-            raise ValueError(file_id)
+            raise ValueError(f"no id of a file: {file_id!r}")
         return self._files() / file_id
 
     def upload(self, file_id: str) -> "Upload":
@@ -70,6 +68,18 @@ class FileBodies:
 
     def _files(self) -> Path:
         return self._folder / _FILES
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write a small file whole, or leave the one that somebody else wrote at the same time."""
+    fresh = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    with disk_full_named():
+        fresh.write_text(text, encoding="ascii")
+    try:
+        with suppress(FileExistsError):
+            os.link(fresh, path)
+    finally:
+        fresh.unlink()
 
 
 class Upload:
