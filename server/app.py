@@ -14,33 +14,42 @@ from starlette.types import ASGIApp
 
 from server.api import errors
 from server.api.answer import WireLimits
-from server.api.auth import ApiKeys
+from server.api.auth import Callers, OperatorKey, Operators
 from server.api.batches import batches_router
+from server.api.edge import Edge, EdgeLimits
 from server.api.errors import Dialect
 from server.api.files import files_router
 from server.api.middleware import Exchange
+from server.api.operators import operators_router
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
+from server.api.usage import usage_router
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
-from server.policy.tenants import ANYONE, Tenant
-from server.serving.batch_desk import BatchDesk
+from server.serving.access import Access, OpenRule
 from server.serving.batch_life import BatchKeeping
 from server.serving.batch_plan import InputLimits
 from server.serving.batch_work import LineParts
 from server.serving.batches import BatchRunner, Runners
+from server.serving.batching import Batching
 from server.serving.charging import Charging, Pricing
+from server.serving.declared_tenants import DeclaredTenants
 from server.serving.engine_slot import EngineSlot
-from server.serving.file_desk import FileDesk, FileRules
+from server.serving.file_desk import FileRules
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.line_runner import LineRunner
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Service
+from server.serving.tenant_desk import TenantDesk
+from server.serving.usage import UsageDesk
 from server.settings import Settings
+from server.store.batches import BatchRecords
 from server.store.file_bodies import FileBodies
+from server.store.file_records import FileRecords
 from server.store.home import Store
+from server.store.tenants import TenantRecords
 from server.telemetry import metrics
 from server.telemetry.batches import BatchMetrics
 from server.telemetry.metrics import Metrics
@@ -64,15 +73,22 @@ class Application:
     requests: OpenRequests
     generation: Generation
     store: Store
+    access: Access
     batches: BatchRunner
 
 
 def build_application(
-    settings: Settings, versions: Mapping[str, str], registry: CollectorRegistry = REGISTRY
+    settings: Settings,
+    versions: Mapping[str, str],
+    registry: CollectorRegistry = REGISTRY,
+    operator_key: str | None = None,
 ) -> Application:
-    """Everything but the engine, which is loaded while this already answers. Raises `BadRedisUrl`."""
+    """Everything but the engine, which is loaded while this already answers.
+
+    Without an operator key nobody is the operator. Raises `BadRedisUrl` and `TenantsFileError`.
+    """
     slot, requests, figures = EngineSlot(), OpenRequests(), Metrics(registry)
-    store = Store(settings.redis_url, settings.data_path)
+    store = Store(settings.redis_url, settings.data_path, settings.redis_timeout_s)
     charging = Charging(store.limiter, store.replica, _pricing(settings), figures)
     fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
     rules = BodyRules(
@@ -91,15 +107,17 @@ def build_application(
     )
     api.service = service
     limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s)
-    authenticate = ApiKeys(settings.api_key)
     api.include_router(_status(service, versions, figures))
-    api.include_router(operations_router(service, limits, authenticate, developer_routes=settings.developer_routes))
-    keeping = _keeping(settings, store)
-    batches = _batches(settings, keeping, store.replica, service, BatchMetrics(registry))
+    doors = _doors(settings, store, operator_key)
+    api.include_router(
+        operations_router(service, limits, doors.callers, doors.edge, developer_routes=settings.developer_routes)
+    )
+    api.include_router(operators_router(doors.desk, doors.operators))
+    api.include_router(usage_router(UsageDesk(store.usage), doors.desk, doors.callers, doors.operators))
+    batching = _batching(settings, store, service, doors.access, BatchMetrics(registry))
     if settings.batches:
-        desk = FileDesk(keeping, _file_rules(settings))
-        api.include_router(files_router(desk, authenticate))
-        api.include_router(batches_router(BatchDesk(keeping, desk, batches.look), authenticate))
+        api.include_router(files_router(batching.files, doors.callers))
+        api.include_router(batches_router(batching.batches, doors.callers))
     api.add_exception_handler(HTTPException, _on_http_exception)
     api.add_exception_handler(Refusal, _on_refusal)
     api.add_exception_handler(Exception, _on_error)
@@ -112,41 +130,67 @@ def build_application(
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation(fitter, charging), store, batches)
+    return Application(asgi, slot, requests, Generation(fitter, charging), store, doors.access, batching.runner)
 
 
-def _keeping(settings: Settings, store: Store) -> BatchKeeping:
-    bodies = FileBodies(settings.batch_folder or settings.data_path / _BATCH_FOLDER)
-    return BatchKeeping(store.batches, store.files, bodies, int(settings.batch_files_kept_days * _DAY_S), time.time)
-
-
-def _file_rules(settings: Settings) -> FileRules:
+def _batching(settings: Settings, store: Store, service: Service, access: Access, figures: BatchMetrics) -> Batching:
+    folder = settings.batch_folder or settings.data_path / _BATCH_FOLDER
     kept_s = int(settings.batch_files_kept_days * _DAY_S)
-    return FileRules(int(settings.batch_max_file_mib * _MIB), int(settings.batch_quota_mib * _MIB), kept_s)
-
-
-def _batches(
-    settings: Settings, keeping: BatchKeeping, replica: str, service: Service, figures: BatchMetrics
-) -> BatchRunner:
-    lines = LineParts(LineRunner(service), _described, _never, figures)
-    limits = InputLimits(settings.batch_max_lines, int(settings.max_body_mib * _MIB))
-    return BatchRunner(keeping, lines, limits, Runners(replica, _tenant_named, runs=settings.batches))
+    client = store.patient_client
+    keeping = BatchKeeping(BatchRecords(client), FileRecords(client), FileBodies(folder), kept_s, time.time)
+    return Batching(
+        keeping,
+        FileRules(int(settings.batch_max_file_mib * _MIB), int(settings.batch_quota_mib * _MIB), kept_s),
+        LineParts(LineRunner(service), _described, _never, figures),
+        InputLimits(settings.batch_max_lines, int(settings.max_body_mib * _MIB)),
+        Runners(store.replica, access.named, runs=settings.batches),
+    )
 
 
 def _described(refusal: Refusal) -> tuple[int, dict[str, Any]]:
+    """A refusal as it stands in the error file of a batch."""
     return errors.status(refusal), errors.body(refusal, "openai")
 
 
 def _never() -> bool:
+    """Until there is a ladder whose third level pauses batches."""
     return False
-
-
-async def _tenant_named(name: str) -> Tenant | None:
-    return ANYONE if name == ANYONE.name else None
 
 
 def _pricing(settings: Settings) -> Pricing:
     return Pricing(settings.cached_token_price, settings.limit_reserve_tokens or None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Doors:
+    """Who may come in, as what, and how often they may try."""
+
+    access: Access
+    desk: TenantDesk
+    callers: Callers
+    operators: Operators
+    edge: Edge
+
+
+def _doors(settings: Settings, store: Store, operator_key: str | None) -> _Doors:
+    declared = DeclaredTenants(settings.tenants_file)
+    rule = OpenRule(settings.api_key, settings.require_key, store.surely_empty)
+    access = Access(rule, declared, TenantRecords(store.client), time.time)
+    operator = OperatorKey(settings.operator_key or operator_key)
+    edge = Edge(
+        EdgeLimits(
+            failed_logins=settings.failed_logins_per_minute,
+            model_lists=settings.model_lists_per_minute,
+            operator_requests=settings.operator_requests_per_minute,
+        )
+    )
+    return _Doors(
+        access=access,
+        desk=TenantDesk(TenantRecords(store.patient_client), declared, access, time.time),
+        callers=Callers(access, operator, edge),
+        operators=Operators(operator, edge),
+        edge=edge,
+    )
 
 
 def _context_policy(settings: Settings) -> ContextPolicy:

@@ -10,6 +10,7 @@ import click
 from pydantic import BaseModel
 
 from server import __version__
+from server.commands.keys import keys
 from server.settings import (
     SECTIONS,
     SETTINGS_FILE_ENV,
@@ -137,6 +138,9 @@ cli.add_command(
         short_help="Serve a model.",
     )
 )
+
+
+cli.add_command(keys)
 
 
 @cli.command()

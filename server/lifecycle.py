@@ -10,7 +10,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +24,8 @@ from server.app import Application, build_application
 from server.policy.refusals import Draining
 from server.settings import Settings
 from server.store.connection import BadRedisUrl
+from server.store.operator_key import OperatorKeyUnavailable, ensure_operator_key
+from server.store.tenants_file import TenantsFileError
 from server.telemetry import logs
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ _BACKLOG: Final = 2048
 _OPEN_FILES: Final = 65535
 _REPORT_INTERVAL_S: Final = 10.0
 _ALIVE_CHECK_INTERVAL_S: Final = 1.0
+_REDIS_START_S: Final = 3.0
 _CHILD_EXIT_TIMEOUT_S: Final = 5.0
 _HTTP_STOP_TIMEOUT_S: Final = 5
 
@@ -60,7 +64,7 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
     ):
         try:
             process = Process(settings, vllm_args, versions, Path(scratch), json_lines=json_lines)
-        except BadRedisUrl as error:
+        except (BadRedisUrl, TenantsFileError) as error:
             _say_why(str(error))
             return 1
         code = runner.run(process.run(listener))
@@ -87,7 +91,7 @@ class Process:
         self._flags = _all_flags(settings, vllm_args)
         self._scratch = scratch
         self._json_lines = json_lines
-        self._app: Application = build_application(settings, versions)
+        self._app: Application = build_application(settings, versions, operator_key=_operator_key(settings))
         self._stop = asyncio.Event()
         self._stop_at_once = asyncio.Event()
         self.loading_abandoned = False
@@ -96,16 +100,34 @@ class Process:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        self._warn_if_open(listener)
+        loop.add_signal_handler(signal.SIGHUP, self._app.access.reload_declared)
+        self._say_where(listener)
         http = _HttpServer(self._http_config())
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         try:
-            async with self._app.store.running(), self._app.batches.running():
+            async with self._app.store.running(), self._keys_followed(), self._app.batches.running():
                 code = await self._live()
         finally:
             http.should_exit = True
             await serving
         return code
+
+    @asynccontextmanager
+    async def _keys_followed(self) -> AsyncIterator[None]:
+        """Inside it, changes of tenants and keys are followed, in Redis and in the tenants file."""
+        watching = asyncio.create_task(self._follow_keys())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.wait({watching})
+            await self._app.access.flush()
+
+    async def _follow_keys(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REDIS_START_S):
+                await self._app.store.wait_until_up()
+        await self._app.access.watch(self._on_open_or_closed)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -187,9 +209,10 @@ class Process:
             ssl_ca_certs=s.ssl_ca_certs,
             ssl_cert_reqs=s.ssl_cert_reqs,
             ssl_ciphers=s.ssl_ciphers,
+            forwarded_allow_ips=list(s.forwarded_allow_ips),
         )
 
-    def _warn_if_open(self, listener: socket.socket) -> None:
+    def _say_where(self, listener: socket.socket) -> None:
         s = self._settings
         if s.uds:
             log.info("listening", socket=s.uds)
@@ -197,12 +220,18 @@ class Process:
         scheme = "https" if s.ssl_certfile else "http"
         host, port = listener.getsockname()[:2]
         log.info("listening", url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1")
-        if s.host not in _LOOPBACK and not s.api_key:
+
+    def _on_open_or_closed(self, is_open: bool) -> None:
+        """Told as soon as it is known whether callers need a key, and whenever that changes."""
+        s = self._settings
+        if is_open and s.uds is None and s.host not in _LOOPBACK:
             log.warning(
-                "ANYONE WHO REACHES THIS ADDRESS CAN USE THE MODEL: no --api-key is set and the server does not "
-                "listen on loopback only",
+                "ANYONE WHO REACHES THIS ADDRESS CAN USE THE MODEL: there is no tenant, no --api-key is set and the "
+                "server does not listen on loopback only",
                 host=s.host,
             )
+        else:
+            log.info("callers need no key" if is_open else "callers need a key")
 
 
 class _HttpServer(uvicorn.Server):
@@ -211,6 +240,17 @@ class _HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+
+def _operator_key(settings: Settings) -> str | None:
+    """The operator's key, made at the first start; without one the operator's routes are closed to everybody."""
+    if settings.operator_key is not None:
+        return settings.operator_key
+    try:
+        return ensure_operator_key(settings.data_path)
+    except OperatorKeyUnavailable as error:
+        log.warning(f"{error} The operator's routes stay closed; give a key with --operator-key.")
+        return None
 
 
 def _all_flags(settings: Settings, vllm_args: Sequence[str]) -> tuple[str, ...]:

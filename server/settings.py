@@ -66,6 +66,20 @@ class Access(BaseModel):
     """Access"""
 
     api_key: Strings = Field((), description="A key that clients may use; repeatable. None: open to all.")
+    require_key: bool = Field(
+        False, description="Want a key also while there is no --api-key and no tenant. Advised with a shared Redis."
+    )
+    tenants_file: Path | None = Field(None, description="TOML file that declares tenants; read again when it changes.")
+    operator_key: str | None = Field(
+        None, min_length=16, description="Key of the operator's routes. Unset: made once, in the data folder."
+    )
+    failed_logins_per_minute: int = Field(20, ge=1, description="Wrong keys from one address before it has to wait.")
+    model_lists_per_minute: int = Field(600, ge=1, description="Calls of /v1/models from one address.")
+    operator_requests_per_minute: int = Field(300, ge=1, description="Calls of the operator's routes from one address.")
+    forwarded_allow_ips: Strings = Field(
+        ("127.0.0.1", "::1"),
+        description="Proxy whose X-Forwarded-For is believed, address or network; repeatable, * for all.",
+    )
     allowed_origins: Strings = Field((), description="Browser origin allowed by CORS; repeatable, * for all.")
     allowed_methods: Strings = Field(("*",), description="Methods allowed by CORS; repeatable.")
     allowed_headers: Strings = Field(("*",), description="Headers allowed by CORS; repeatable.")
@@ -129,6 +143,9 @@ class Store(BaseModel):
         None,
         description="Redis that all replicas share: redis://, rediss://, unix://, redis+sentinel://HOST,HOST/SERVICE, "
         "redis+cluster://HOST,HOST. Unset: an embedded one in the data folder.",
+    )
+    redis_timeout_s: float = Field(
+        0.05, gt=0, description="Seconds a request waits for Redis; after that it is served without."
     )
     data_folder: Path | None = Field(
         None, description="Folder for what the server keeps. Unset: the user's data folder for tidegate."

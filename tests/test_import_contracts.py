@@ -17,7 +17,7 @@ CONTRACTS: dict[str, str] = {
     contract["id"]: contract["name"]
     for contract in tomllib.loads(PYPROJECT.read_text())["tool"]["importlinter"]["contracts"]
 }
-ROOMS = ("api", "engine", "policy", "serving", "store", "telemetry")
+ROOMS = ("api", "commands", "engine", "policy", "serving", "store", "telemetry")
 MODULES = ("__init__", "__main__", "app", "cli", "lifecycle", "settings")
 
 

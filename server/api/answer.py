@@ -22,6 +22,7 @@ from server.api.disconnect import CancelOnDisconnect
 from server.api.errors import Dialect
 from server.engine.calls import Call, Frame, Reply, StreamReply
 from server.policy.refusals import GenerationFailed, Refusal
+from server.policy.tenants import ANYONE
 from server.serving.requests import OpenRequest
 from server.serving.service import Service
 from server.serving.telling import told_body, told_frame
@@ -54,8 +55,15 @@ class OwnedResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
-        opened = OpenRequest(scope["state"]["request_id"], self._route, producing=scope["method"] == "GET")
-        scope["state"]["open_request"] = opened
+        state = scope["state"]
+        opened = OpenRequest(
+            state["request_id"],
+            self._route,
+            tenant=state.get("tenant", ANYONE),
+            end_user=state.get("end_user"),
+            producing=scope["method"] == "GET",
+        )
+        state["open_request"] = opened
         try:
             call = await self._read(receive)
             async with CancelOnDisconnect(receive) as self._client, self._service.requests.open(opened):

@@ -35,6 +35,7 @@ _TABLE: Final[Mapping[type[Refusal], Wire]] = {
     refusals.CostAboveLimit: Wire(400, "invalid_request_error", "tokens_above_limit", "invalid_request_error"),
     refusals.BodyTooLarge: Wire(413, "invalid_request_error", "request_too_large", "request_too_large"),
     refusals.InvalidApiKey: Wire(401, "invalid_request_error", "invalid_api_key", "authentication_error"),
+    refusals.OperatorsOnly: Wire(403, "invalid_request_error", "operators_only", "permission_error"),
     refusals.StoreUnavailable: Wire(503, "server_error", "store_unavailable", "overloaded_error"),
     refusals.ModelNotFound: Wire(404, "invalid_request_error", "model_not_found", "not_found_error"),
     refusals.NotFound: Wire(404, "invalid_request_error", "not_found", "not_found_error"),

@@ -8,18 +8,25 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.answer import OwnedResponse, WireLimits
+from server.api.auth import Callers
+from server.api.edge import Edge
 from server.api.errors import Dialect
-from server.policy.refusals import ModelNotFound
-from server.serving.service import Service
+from server.policy.refusals import ModelNotFound, OperatorsOnly
+from server.policy.tenants import ANYONE, OPERATOR
+from server.serving.service import MODELS_ROUTE, Service
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One endpoint that is answered by an engine operation of the same method and path."""
+    """One endpoint that is answered by an engine operation of the same method and path.
+
+    `operators`: it changes what the server does for everyone, so tenants may not call it.
+    """
 
     method: str
     path: str
     dialect: Dialect = "openai"
+    operators: bool = False
 
 
 OPERATION_ROUTES: Final = (
@@ -45,32 +52,33 @@ OPERATION_ROUTES: Final = (
     Route("POST", "/rerank"),
     Route("POST", "/v1/rerank"),
     Route("POST", "/v2/rerank"),
-    Route("POST", "/v1/load_lora_adapter"),
-    Route("POST", "/v1/unload_lora_adapter"),
+    Route("POST", "/v1/load_lora_adapter", operators=True),
+    Route("POST", "/v1/unload_lora_adapter", operators=True),
 )
 
 # Reach into the engine's process or its cluster; mounted only when the operator asks for them.
 DEVELOPER_ROUTES: Final = (
-    Route("POST", "/start_profile"),
-    Route("POST", "/stop_profile"),
-    Route("POST", "/collective_rpc"),
-    Route("POST", "/reset_prefix_cache"),
-    Route("POST", "/reset_mm_cache"),
-    Route("POST", "/reset_encoder_cache"),
-    Route("POST", "/sleep"),
-    Route("POST", "/wake_up"),
-    Route("GET", "/is_sleeping"),
-    Route("GET", "/server_info"),
-    Route("POST", "/scale_elastic_ep"),
-    Route("POST", "/is_scaling_elastic_ep"),
+    Route("POST", "/start_profile", operators=True),
+    Route("POST", "/stop_profile", operators=True),
+    Route("POST", "/collective_rpc", operators=True),
+    Route("POST", "/reset_prefix_cache", operators=True),
+    Route("POST", "/reset_mm_cache", operators=True),
+    Route("POST", "/reset_encoder_cache", operators=True),
+    Route("POST", "/sleep", operators=True),
+    Route("POST", "/wake_up", operators=True),
+    Route("GET", "/is_sleeping", operators=True),
+    Route("GET", "/server_info", operators=True),
+    Route("POST", "/scale_elastic_ep", operators=True),
+    Route("POST", "/is_scaling_elastic_ep", operators=True),
 )
 
 
 def operations_router(
-    service: Service, limits: WireLimits, authenticate: Callable[[Request], Awaitable[None]], *, developer_routes: bool
+    service: Service, limits: WireLimits, callers: Callers, edge: Edge, *, developer_routes: bool
 ) -> APIRouter:
     """Routes answered by the engine."""
-    router = APIRouter(dependencies=[Depends(authenticate)])
+    router = APIRouter()
+    listing = [Depends(edge.model_list), Depends(callers)]
     for route in OPERATION_ROUTES + (DEVELOPER_ROUTES if developer_routes else ()):
         router.add_api_route(
             route.path,
@@ -78,12 +86,13 @@ def operations_router(
             methods=[route.method],
             response_class=Response,
             name=f"{route.method} {route.path}",
+            dependencies=listing if route.path == MODELS_ROUTE else [Depends(callers)],
         )
 
-    @router.get("/v1/models/{model_id:path}")
-    async def model(model_id: str) -> Any:
+    @router.get("/v1/models/{model_id:path}", dependencies=listing)
+    async def model(model_id: str, request: Request) -> Any:
         """One model's card, as in the list."""
-        cards = await service.model_cards()
+        cards = await service.model_cards(request.state.tenant)
         for card in cards:
             if card["id"] == model_id:
                 return JSONResponse(card)
@@ -95,6 +104,8 @@ def operations_router(
 
 def _endpoint(service: Service, limits: WireLimits, route: Route) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
+        if route.operators and request.state.tenant not in (ANYONE, OPERATOR):
+            raise OperatorsOnly(f"{route.method} {route.path} is for the operator of this server.")
         return OwnedResponse(service, limits, request, route.path, route.dialect)
 
     return endpoint

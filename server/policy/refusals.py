@@ -46,6 +46,10 @@ class InvalidApiKey(Refusal):
     """No key, or one that is not known."""
 
 
+class OperatorsOnly(Refusal):
+    """The key is good, but what it asks for is the operator's."""
+
+
 class StoreUnavailable(Refusal):
     """Redis does not answer, and what is asked stands nowhere else: whether a key is good, say."""
 

@@ -21,7 +21,8 @@ from server.policy.bodies import (
     without_tools,
 )
 from server.policy.context import parse_truncation
-from server.policy.refusals import Unsupported
+from server.policy.refusals import ModelNotFound, Unsupported
+from server.policy.tenants import Tenant
 from server.serving.charging import Charging
 from server.serving.engine_slot import EngineSlot
 from server.serving.fitting import HistoryFitter, described
@@ -35,6 +36,7 @@ log = structlog.get_logger(__name__)
 CONTEXT_FIT_ROUTE: Final = "/v1/context/fit"
 CHAT_ROUTE: Final = "/v1/chat/completions"
 RESPONSES_ROUTE: Final = "/v1/responses"
+MODELS_ROUTE: Final = "/v1/models"
 # Where a request may leave its cap open, and the field that holds it.
 _CAP_FIELDS: Final[Mapping[str, str]] = {CHAT_ROUTE: "max_completion_tokens", RESPONSES_ROUTE: "max_output_tokens"}
 _COUNT_ROUTE: Final = "/v1/messages/count_tokens"
@@ -90,9 +92,10 @@ class Service:
         """Where limits are kept now: `redis` or `local`."""
         return self._charging.mode
 
-    async def model_cards(self) -> list[dict[str, Any]]:
-        """The served models and adapters as `/v1/models` lists them."""
-        reply = await self.answer(Call("GET", "/v1/models"), OpenRequest(request_id="", path="/v1/models"))
+    async def model_cards(self, tenant: Tenant) -> list[dict[str, Any]]:
+        """The served models and adapters as `/v1/models` lists them to a tenant."""
+        asked = OpenRequest(request_id="", path=MODELS_ROUTE, tenant=tenant)
+        reply = await self.answer(Call("GET", MODELS_ROUTE), asked)
         assert isinstance(reply, Reply)
         cards: list[dict[str, Any]] = json.loads(reply.body)["data"]
         return cards
@@ -110,11 +113,14 @@ class Service:
         if operation is None:
             message = f"The model `{stack.model_names[0]}` does not support {call.method} {call.route}."
             raise Unsupported(message)
+        if call.body is not None:
+            _refuse_foreign_models(call.body, stack.model_names[0], request.tenant)
         body = None if call.body is None else self._ruled(call, call.body, stack, request)
         if call.method == "POST" and call.route not in _FREE_ROUTES:
             request.model_name = request.model or stack.model_names[0]
             self._charging.check(request)
-        return await operation(replace(call, body=body, headers=self._headers(call, request)))
+        reply = await operation(replace(call, body=body, headers=self._headers(call, request)))
+        return _own_models(reply, request.tenant) if call.route == MODELS_ROUTE else reply
 
     async def _context_fit(self, call: Call, request: OpenRequest) -> Reply:
         """What fitting a chat would keep and drop, without generating anything."""
@@ -162,3 +168,33 @@ class Service:
         dropped = self._closed_headers | {b"x-request-id"}
         kept = tuple(pair for pair in call.headers if pair[0] not in dropped)
         return (*kept, (b"x-request-id", request.request_id.encode()))
+
+
+def _refuse_foreign_models(body: Mapping[str, Any], default_model: str, tenant: Tenant) -> None:
+    """Raise `ModelNotFound`, in vLLM's words for a model that is not there, for every model not among the tenant's.
+
+    Whether it is there plays no part, so the answer does not tell. A body that names none means the default model.
+    """
+    model = body.get("model")
+    if isinstance(model, str) and model:
+        if not tenant.may_use(model):
+            raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
+    elif not tenant.may_use(default_model):
+        yours = ", ".join(sorted(tenant.models or ()))
+        raise ModelNotFound(f"Name a model in `model`. You can use: {yours}.", param="model")
+
+
+def _shown_parent(parent: str | None, tenant: Tenant) -> str | None:
+    return parent if parent is not None and tenant.may_use(parent) else None
+
+
+def _own_models(reply: Reply | StreamReply, tenant: Tenant) -> Reply | StreamReply:
+    """The list of models without those that a tenant may not use."""
+    if tenant.models is None or not isinstance(reply, Reply):
+        return reply
+    listed = json.loads(reply.body)
+    own = [card for card in listed["data"] if tenant.may_use(card["id"])]
+    listed["data"] = [
+        card if tenant.may_use(card.get("parent") or card["id"]) else {**card, "parent": None} for card in own
+    ]
+    return replace(reply, body=json.dumps(listed).encode())

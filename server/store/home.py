@@ -6,42 +6,51 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from server.store.batches import BatchRecords
-from server.store.connection import connect
-from server.store.file_records import FileRecords
+from server.store.connection import TIMEOUT_S, connect
 from server.store.limit_script import LimitScript
 from server.store.limiter import Limiter
 from server.store.redis_server import EmbeddedRedis
 from server.store.usage import UsageBook
 
 _EMBEDDED_FOLDER: Final = "redis"
-# Nobody's first token waits for what is asked of it here.
-_PATIENT_TIMEOUT_S: Final = 2.0
+_DATA: Final = "appendonlydir"  # Redis's own name for it
+_PATIENCE_S: Final = 5.0
 
 
 class Store:
-    """One Redis and what stands on it. Raises `BadRedisUrl`; nothing is reached before `running`."""
+    """One Redis and what stands on it. Raises `BadRedisUrl`; nothing is reached before `running`.
 
-    def __init__(self, redis_url: str | None, data_folder: Path) -> None:
+    `client` gives up soon, since requests wait for it; `patient_client` is for what an operator asks.
+    """
+
+    def __init__(self, redis_url: str | None, data_folder: Path, timeout_s: float = TIMEOUT_S) -> None:
         self.replica = uuid.uuid4().hex[:12]
-        self._embedded = EmbeddedRedis(data_folder / _EMBEDDED_FOLDER) if redis_url is None else None
+        self._folder = data_folder / _EMBEDDED_FOLDER
+        self._embedded = EmbeddedRedis(self._folder) if redis_url is None else None
         url = self._embedded.url if self._embedded is not None else redis_url or ""
-        self.client = connect(url)
-        self._patient = connect(url, _PATIENT_TIMEOUT_S)
-        self.limiter = Limiter(LimitScript(self.client), self.replica)
+        self.client = connect(url, timeout_s)
+        self.patient_client = connect(url, max(_PATIENCE_S, timeout_s))
+        self.limiter = Limiter(LimitScript(self.client), self.replica, timeout_s)
         self.usage = UsageBook(self.client)
-        self.batches = BatchRecords(self._patient)
-        self.files = FileRecords(self._patient)
 
     @property
     def server_pid(self) -> int | None:
         """The embedded server, where it is a child of this process: it is ended here, and by nobody else."""
         return self._embedded.pid if self._embedded is not None else None
 
+    def surely_empty(self) -> bool:
+        """Whether nothing was ever kept: the embedded server has not written to its folder yet."""
+        return self._embedded is not None and not (self._folder / _DATA).exists()
+
+    async def wait_until_up(self) -> None:
+        """Wait until the embedded server has answered once; one of the operator's own is not waited for."""
+        if self._embedded is not None:
+            await self._embedded.wait_until_up()
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Entering waits for nothing; leaving tells Redis what is still to be told, then ends the embedded one."""
-        async with _kept(self._embedded), aclosing(self.client), aclosing(self._patient), self.limiter.running():
+        async with _kept(self._embedded), aclosing(self.client), aclosing(self.patient_client), self.limiter.running():
             yield
 
 

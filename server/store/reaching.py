@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from redis.exceptions import RedisError
+from server.store.connection import FAILURES
 
 
 class RedisUnavailable(Exception):
@@ -15,5 +15,5 @@ async def reached() -> AsyncIterator[None]:
     """Inside it, what the client raises becomes `RedisUnavailable`."""
     try:
         yield
-    except (RedisError, OSError) as error:
+    except FAILURES as error:
         raise RedisUnavailable(str(error)) from error

@@ -69,6 +69,7 @@ def configure(*, json_lines: bool, level: str) -> None:
         logger.setLevel(level.upper())
     for chatty in ("asyncio", "httpcore", "httpx", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("slowapi").setLevel(logging.ERROR)  # the access log has a line for what it refuses
     structlog.configure(
         processors=[*_SHARED, *_rendering(json_lines=json_lines)],
         logger_factory=partial(_Lines, sys.stderr),

@@ -1,13 +1,16 @@
 """The real application on a real uvicorn on a loopback port, without an engine."""
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import uvicorn
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from server.app import Application, build_application
@@ -18,12 +21,18 @@ if TYPE_CHECKING:  # the engine room imports vLLM
     from server.engine.stack import Stack
 
 VERSIONS = {"tidegate": "1.2.3", "vllm": "0.32.0"}
+OPERATOR_KEY = "the-operators-own-key"
+# Tests share a busy machine; what happens when Redis is slow is tested where the clock is ours.
+_REDIS_TIMEOUT_S = 5.0
+_NO_FOLDER = Path("/nowhere")
 
 
 @contextmanager
-def running(stack: FakeStack | None = None, **settings: Any) -> Iterator[httpx.Client]:
+def running(stack: FakeStack | None = None, *, redis_url: str | None = None, **settings: Any) -> Iterator[httpx.Client]:
     """A client of an application that serves `stack`, or that still loads."""
-    application = build_application(Settings(**settings), VERSIONS, CollectorRegistry())
+    settings.setdefault("data_folder", _NO_FOLDER)
+    chosen = Settings(redis_url=redis_url, redis_timeout_s=_REDIS_TIMEOUT_S, **settings)
+    application = build_application(chosen, VERSIONS, CollectorRegistry(), OPERATOR_KEY)
     application.slot.enter("loading the model")
     if stack is not None:
         application.slot.fill(cast("Stack", stack))
@@ -37,8 +46,17 @@ def _served(application: Application) -> Iterator[str]:
         application.asgi, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
+
+    async def serve(listener: socket.socket) -> None:
+        watching = asyncio.create_task(application.access.watch(lambda _: None))
+        await server.serve([listener])
+        watching.cancel()
+        await asyncio.wait({watching})
+        await application.store.client.aclose()
+        await application.store.patient_client.aclose()
+
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, args=([listener],))
+        thread = threading.Thread(target=uvloop.run, args=(serve(listener),))
         thread.start()
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"

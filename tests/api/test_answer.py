@@ -11,6 +11,7 @@ from server.api.answer import WireLimits
 from server.api.errors import Dialect
 from server.engine.calls import Call, Reply
 from server.policy.refusals import Draining, GenerationFailed, InvalidRequest, RateLimited
+from server.policy.tenants import Tenant
 from server.serving.engine_slot import EngineSlot
 from tests.api.scripted_client import (
     Desk,
@@ -55,6 +56,14 @@ async def test_the_operation_gets_the_clients_body(method: str, sent: bytes, see
     operation = RecordingOperation()
     await Desk(operation).answered(ScriptedClient(method, body=sent))
     assert operation.calls[0].body == seen
+
+
+async def test_the_request_belongs_to_the_tenant_that_was_found() -> None:
+    client = ScriptedClient()
+    client.scope["state"].update(tenant=Tenant("search"), end_user="u-1")
+    await Desk(RecordingOperation()).answered(client)
+    opened = client.scope["state"]["open_request"]
+    assert (opened.tenant, opened.end_user) == (Tenant("search"), "u-1")
 
 
 async def test_a_post_without_a_body_is_an_empty_object() -> None:

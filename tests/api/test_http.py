@@ -64,7 +64,7 @@ def ready(chat: RecordingOperation) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def locked(chat: RecordingOperation) -> Iterator[httpx.Client]:
-    with running(stack(chat), api_key=KEYS, developer_routes=True) as client:
+    with running(stack(chat), api_key=KEYS, developer_routes=True, failed_logins_per_minute=1000) as client:
         yield client
 
 

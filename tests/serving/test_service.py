@@ -6,6 +6,7 @@ import pytest
 from server.engine.calls import Call, Reply
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.refusals import ClosedField, NotReady, Unsupported
+from server.policy.tenants import ANYONE
 from server.serving.engine_slot import EngineSlot
 from server.serving.requests import OpenRequest, OpenRequests
 from server.serving.service import BodyRules, Service
@@ -204,4 +205,4 @@ async def test_the_model_cards_are_those_of_the_models_operation() -> None:
 
     stack = FakeStack({("GET", "/v1/models"): models})
     listed = new_service(slot_with(stack), OpenRequests())
-    assert await listed.model_cards() == [{"id": "a-model"}]
+    assert await listed.model_cards(ANYONE) == [{"id": "a-model"}]
