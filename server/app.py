@@ -42,6 +42,7 @@ from server.serving.generation import Generation
 from server.serving.line_runner import LineRunner
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Service
+from server.serving.several import OneByOne
 from server.serving.tenant_desk import TenantDesk
 from server.serving.usage import UsageDesk
 from server.settings import Settings
@@ -97,7 +98,7 @@ def build_application(
             chat=settings.default_max_tokens, background_task=settings.background_task_max_tokens
         ),
     )
-    service = Service(slot, requests, rules, fitter, charging)
+    service = Service(slot, requests, rules, fitter, charging, one_by_one=OneByOne(_described))
     docs = settings.docs
     api = DocumentedApi(
         title="Tidegate",
@@ -148,7 +149,7 @@ def _batching(settings: Settings, store: Store, service: Service, access: Access
 
 
 def _described(refusal: Refusal) -> tuple[int, dict[str, Any]]:
-    """A refusal as it stands in the error file of a batch."""
+    """A refusal as it stands in the error file of a batch, or in the place of one answer among several."""
     return errors.status(refusal), errors.body(refusal, "openai")
 
 

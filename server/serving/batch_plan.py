@@ -1,5 +1,7 @@
 """Reads a batch's input file once: is every line good, where does each lie, and in which order do they run best."""
 
+from __future__ import annotations
+
 import time
 from array import array
 from collections.abc import Iterator

@@ -165,11 +165,14 @@ class BatchWork:
         self._at_the_door.add(task)
         metrics.line_offered()
         try:
-            return await self._parts.runner.attempt(call, admitted)
+            outcome = await self._parts.runner.attempt(call, admitted)
+            _refuse_swallowed(outcome, task)
         except asyncio.CancelledError:
             if self._failed or self._parent is None or self._parent.cancelling() or task.uncancel() > 0:
                 raise
             return None if self._dropping and not inside else Refused(GenerationFailed(_LOST))
+        else:
+            return outcome
         finally:
             self._at_the_door.discard(task)
             if inside:
@@ -192,3 +195,9 @@ class BatchWork:
         progress.failed += kind == "error"
         progress.usage += usage
         self._parts.metrics.line_done("completed" if kind == "output" else "failed", usage)
+
+
+def _refuse_swallowed(outcome: Answered | Refused, task: asyncio.Task[None]) -> None:
+    """vLLM turns the cancellation of some endpoints into an error answer, which is none of the line's."""
+    if isinstance(outcome, Refused) and task.cancelling():
+        raise asyncio.CancelledError

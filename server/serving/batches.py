@@ -197,10 +197,11 @@ class BatchRunner:
         while True:
             with suppress(RedisUnavailable, OSError):
                 await in_thread(self._keeping.bodies.sweep)
-                await self._sweep()
+                await self.sweep()
             await asyncio.sleep(_SWEEP_INTERVAL_S)
 
-    async def _sweep(self) -> None:
+    async def sweep(self) -> None:
+        """Remove what is kept no longer."""
         keeping = self._keeping
         folder = keeping.bodies.folder_id()
         expired = await keeping.files.expired(keeping.clock(), _SWEPT_AT_ONCE)

@@ -21,12 +21,13 @@ from server.policy.bodies import (
     without_tools,
 )
 from server.policy.context import parse_truncation
-from server.policy.refusals import ModelNotFound, Unsupported
+from server.policy.refusals import InvalidRequest, ModelNotFound, Unsupported
 from server.policy.tenants import Tenant
 from server.serving.charging import Charging
 from server.serving.engine_slot import EngineSlot
 from server.serving.fitting import HistoryFitter, described
 from server.serving.requests import DryRun, OpenRequest, OpenRequests
+from server.serving.several import OneByOne
 
 if TYPE_CHECKING:
     from server.engine.stack import Stack
@@ -67,9 +68,17 @@ class Service:
     """Answers calls on whichever stack serves now."""
 
     def __init__(
-        self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules, fitter: HistoryFitter, charging: Charging
+        self,
+        slot: EngineSlot,
+        requests: OpenRequests,
+        rules: BodyRules,
+        fitter: HistoryFitter,
+        charging: Charging,
+        *,
+        one_by_one: OneByOne,
     ) -> None:
         self._charging = charging
+        self._one_by_one = one_by_one
         self.slot = slot
         self.requests = requests
         self._rules = rules
@@ -119,7 +128,11 @@ class Service:
         if call.method == "POST" and call.route not in _FREE_ROUTES:
             request.model_name = request.model or stack.model_names[0]
             self._charging.check(request)
-        reply = await operation(replace(call, body=body, headers=self._headers(call, request)))
+        ruled = replace(call, body=body, headers=self._headers(call, request))
+        try:
+            reply = await operation(ruled)
+        except InvalidRequest as refusal:
+            reply = await self._one_by_one.answer(operation, ruled, refusal, request)
         return _own_models(reply, request.tenant) if call.route == MODELS_ROUTE else reply
 
     async def _context_fit(self, call: Call, request: OpenRequest) -> Reply:

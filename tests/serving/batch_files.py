@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
-CHAT = "/v1/chat/completions"
+CHAT: Final = "/v1/chat/completions"
 
 
 def line(custom_id: str, text: str = "Hello", **body: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ class ChatOperation:
     """Answers with the words it was asked, in capitals.
 
     `refusals` are raised first, one for each call; `failing` maps what was asked to a refusal for good. While `gate` is
-    clear nobody is answered. `classes` are the traffic classes that the calls came with.
+    clear nobody is answered; while the operation is `shut` nobody comes as far as the engine. `classes` are the traffic
+    classes that the calls came with.
     """
 
     generation: Generation = field(default_factory=new_generation)
@@ -30,6 +31,7 @@ class ChatOperation:
     in_engine: int = 0
     most_in_engine: int = 0
     delay_s: float = 0.0
+    shut: bool = False
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -41,6 +43,8 @@ class ChatOperation:
         request = current_request()
         assert request is not None
         self.classes.add(request.tenant.traffic_class)
+        if self.shut:
+            await asyncio.Event().wait()
         if self.refusals:
             raise self.refusals.pop(0)
         if text in self.failing:

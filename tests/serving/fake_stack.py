@@ -17,6 +17,7 @@ from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Service
+from server.serving.several import OneByOne
 from server.store.connection import connect
 from server.store.limit_script import LimitScript
 from server.store.limiter import Limiter
@@ -79,7 +80,12 @@ def new_generation() -> Generation:
 
 def new_service(slot: EngineSlot, requests: OpenRequests, rules: BodyRules | None = None) -> Service:
     rules = rules or BodyRules(frozenset(), MaxTokensDefaults())
-    return Service(slot, requests, rules, new_fitter(), new_charging())
+    return Service(slot, requests, rules, new_fitter(), new_charging(), one_by_one=OneByOne(plainly_described))
+
+
+def plainly_described(refusal: Refusal) -> tuple[int, dict[str, Any]]:
+    """A refusal as the API would show it, nearly."""
+    return 400, {"error": {"message": refusal.message, "code": None}}
 
 
 @dataclass(slots=True)

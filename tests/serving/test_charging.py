@@ -22,6 +22,7 @@ from server.serving.charging import Charging, Pricing, scopes_of
 from server.serving.generation import Generation
 from server.serving.requests import OpenRequest, OpenRequests
 from server.serving.service import BodyRules, Service
+from server.serving.several import OneByOne
 from server.store.connection import connect
 from server.store.limit_script import LimitScript
 from server.store.limiter import Charge, Limiter
@@ -35,6 +36,7 @@ from tests.serving.fake_stack import (
     demand,
     new_fitter,
     open_demand,
+    plainly_described,
     slot_with,
 )
 from tests.store.running_redis import running_redis, until
@@ -234,7 +236,9 @@ async def test_whoever_was_refused_a_moment_ago_is_refused_without_redis_or_toke
     tenant = replace(TEAM, limits=Limits(requests_per_minute=1, tokens_per_minute=1000))
     async with parts(embedded) as p:
         rules = BodyRules(frozenset(), MaxTokensDefaults())
-        service = Service(slot_with(stack), OpenRequests(), rules, new_fitter(), p.charging)
+        service = Service(
+            slot_with(stack), OpenRequests(), rules, new_fitter(), p.charging, one_by_one=OneByOne(plainly_described)
+        )
         await run(p, request(tenant), demand(10))
         with pytest.raises(RateLimited):
             await run(p, request(tenant), demand(10))
