@@ -10,6 +10,7 @@ import click
 from pydantic import BaseModel
 
 from server import __version__
+from server.commands.batch import batch
 from server.commands.keys import keys
 from server.settings import (
     SECTIONS,
@@ -141,6 +142,7 @@ cli.add_command(
 
 
 cli.add_command(keys)
+cli.add_command(batch)
 
 
 @cli.command()

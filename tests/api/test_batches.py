@@ -46,7 +46,7 @@ def upload(client: OpenAI, content: bytes = LINES, **fields: Any) -> FileObject:
 
 def submit(client: OpenAI, content: bytes = LINES, **fields: Any) -> Batch:
     file = upload(client, content)
-    return client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h", **fields)  # type: ignore[arg-type]
+    return client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h", **fields)
 
 
 def ended(client: OpenAI, batch: Batch) -> Batch:
