@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from benchmarks import fit_overhead, front_end, long_chat, serving, start_up
+from benchmarks import engine_kills, fit_overhead, front_end, limits, long_chat, overload, serving, start_up
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,7 +20,10 @@ benchmarks.add_command(serving.command)
 benchmarks.add_command(start_up.command)
 benchmarks.add_command(long_chat.command)
 benchmarks.add_command(fit_overhead.command)
+benchmarks.add_command(engine_kills.command)
 benchmarks.add_command(front_end.command)
+benchmarks.add_command(overload.command)
+benchmarks.add_command(limits.command)
 
 
 if __name__ == "__main__":

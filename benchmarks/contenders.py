@@ -27,10 +27,12 @@ import psutil
 
 PROJECT: Final = Path(__file__).resolve().parents[1]
 MODEL_NAME: Final = "bench"
+KV_CACHE_VARIABLE: Final = "VLLM_CPU_KVCACHE_SPACE"
+KV_CACHE_FLAG: Final = "--kv-cache-memory-bytes"
 ENVIRONMENT: Final[Mapping[str, str]] = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
+    KV_CACHE_VARIABLE: "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 FLAGS: Final = ("--enforce-eager", "--max-model-len", "2048")
@@ -152,7 +154,7 @@ def started(kind: Kind, model: str, flags: Sequence[str]) -> Iterator[Contender]
             started_s = time.perf_counter()
             # A session of its own: Ctrl-C must not end the engines before this process has ended their servers.
             process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment(), cwd=PROJECT, start_new_session=True
+                command, stdout=log, stderr=log, env=environment(flags), cwd=PROJECT, start_new_session=True
             )
         contender = Contender(kind.name, f"http://127.0.0.1:{port}", process, log_file, started_s, kind.live_path)
         try:
@@ -161,19 +163,23 @@ def started(kind: Kind, model: str, flags: Sequence[str]) -> Iterator[Contender]
             contender.stop()
 
 
-def environment() -> dict[str, str]:
-    """This process's environment, without keys and settings of Tidegate, and with `ENVIRONMENT` where it is silent."""
+def environment(flags: Sequence[str] = ()) -> dict[str, str]:
+    """This process's environment, without keys and settings of Tidegate, and with `ENVIRONMENT` where it is silent.
+
+    The variable that sizes the KV cache would beat the flag, so it goes where the flag is given.
+    """
     own = {name: value for name, value in os.environ.items() if not name.startswith(("TIDEGATE_", "VLLM_API_KEY"))}
-    return {**ENVIRONMENT, **own}
+    left_out = {KV_CACHE_VARIABLE} if KV_CACHE_FLAG in flags else set()
+    return {name: value for name, value in {**ENVIRONMENT, **own}.items() if name not in left_out}
 
 
 def shown_settings(model: str, flags: Sequence[str]) -> dict[str, object]:
     """What both contenders were given, for the report."""
-    given = environment()
+    given = environment(flags)
     return {
         "model": Path(model).name,
         "flags": [*FLAGS, *flags],
-        "environment": {name: given[name] for name in ENVIRONMENT},
+        "environment": {name: given[name] for name in ENVIRONMENT if name in given},
     }
 
 

@@ -1,5 +1,6 @@
 """The composition: builds every room's parts from the settings and puts them together."""
 
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +20,17 @@ from server.api.batches import batches_router
 from server.api.edge import Edge, EdgeLimits
 from server.api.errors import Dialect
 from server.api.files import files_router
+from server.api.level import level_router
 from server.api.middleware import Exchange
 from server.api.operators import operators_router
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
 from server.api.usage import usage_router
+from server.policy.admission import Admission
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
+from server.policy.ladder import LadderRules, Level
+from server.policy.objectives import Objectives
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
 from server.serving.access import Access, OpenRule
 from server.serving.batch_life import BatchKeeping
@@ -35,13 +40,18 @@ from server.serving.batches import BatchRunner, Runners
 from server.serving.batching import Batching
 from server.serving.charging import Charging, Pricing
 from server.serving.declared_tenants import DeclaredTenants
+from server.serving.degradation import Degradation, DegradationRules
 from server.serving.engine_slot import EngineSlot
+from server.serving.fallback import Fallback, Upstream
 from server.serving.file_desk import FileRules
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
+from server.serving.ladder import LadderSources, LadderWatch
 from server.serving.line_runner import LineRunner
+from server.serving.queue import Gate
+from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
-from server.serving.service import BodyRules, Service
+from server.serving.service import BodyRules, Guards, Service
 from server.serving.several import OneByOne
 from server.serving.tenant_desk import TenantDesk
 from server.serving.usage import UsageDesk
@@ -50,10 +60,13 @@ from server.store.batches import BatchRecords
 from server.store.file_bodies import FileBodies
 from server.store.file_records import FileRecords
 from server.store.home import Store
+from server.store.level import RedisPins
 from server.store.tenants import TenantRecords
 from server.telemetry import metrics
+from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.batches import BatchMetrics
 from server.telemetry.metrics import Metrics
+from server.telemetry.resilience import ResilienceMetrics
 
 _MIB: Final = 1 << 20
 _DAY_S: Final = 24 * 3600
@@ -73,9 +86,13 @@ class Application:
     slot: EngineSlot
     requests: OpenRequests
     generation: Generation
+    gate: Gate
     store: Store
     access: Access
     batches: BatchRunner
+    ladder: LadderWatch
+    fallback: Fallback
+    resilience: ResilienceMetrics
 
 
 def build_application(
@@ -98,7 +115,17 @@ def build_application(
             chat=settings.default_max_tokens, background_task=settings.background_task_max_tokens
         ),
     )
-    service = Service(slot, requests, rules, fitter, charging, one_by_one=OneByOne(_described))
+    objectives = Objectives(settings.ttft_slo_s or {}, settings.tpot_slo_s or {})
+    gate = Gate(Admission(objectives), AdmissionMetrics(registry))
+    witness = ResilienceMetrics(registry)
+    fallback = Fallback(_upstreams(settings), witness, random.random)
+    sources = LadderSources(lambda: gate.pressure, slot, bool(fallback))
+    ladder = LadderWatch(_ladder_rules(settings), sources, RedisPins(store.patient_client), witness)
+    degradation = Degradation(ladder, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness)
+    guards = Guards(
+        gate, charging, Recovery(witness), degradation, fallback, settings.restart_wait_s, OneByOne(_described)
+    )
+    service = Service(slot, requests, rules, fitter, guards)
     docs = settings.docs
     api = DocumentedApi(
         title="Tidegate",
@@ -107,20 +134,21 @@ def build_application(
         openapi_url="/openapi.json" if docs else None,
     )
     api.service = service
-    limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s)
+    limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s, settings.slow_reader_timeout_s)
     api.include_router(_status(service, versions, figures))
     doors = _doors(settings, store, operator_key)
     api.include_router(
         operations_router(service, limits, doors.callers, doors.edge, developer_routes=settings.developer_routes)
     )
     api.include_router(operators_router(doors.desk, doors.operators))
+    api.include_router(level_router(ladder, doors.operators))
     api.include_router(usage_router(UsageDesk(store.usage), doors.desk, doors.callers, doors.operators))
-    batching = _batching(settings, store, service, doors.access, BatchMetrics(registry))
+    batching = _batching(settings, store, service, doors.access, ladder, BatchMetrics(registry))
     if settings.batches:
         api.include_router(files_router(batching.files, doors.callers))
         api.include_router(batches_router(batching.batches, doors.callers))
     api.add_exception_handler(HTTPException, _on_http_exception)
-    api.add_exception_handler(Refusal, _on_refusal)
+    api.add_exception_handler(Refusal, on_refusal)
     api.add_exception_handler(Exception, _on_error)
     asgi: ASGIApp = Exchange(api, metrics=figures, access_log=settings.access_log)
     if settings.allowed_origins:
@@ -131,10 +159,15 @@ def build_application(
             allow_headers=settings.allowed_headers,
             allow_credentials=settings.allow_credentials,
         )
-    return Application(asgi, slot, requests, Generation(fitter, charging), store, doors.access, batching.runner)
+    return Application(
+        asgi, slot, requests, Generation(fitter, gate, charging), gate, store, doors.access, batching.runner,
+        ladder, fallback, witness,
+    )  # fmt: skip
 
 
-def _batching(settings: Settings, store: Store, service: Service, access: Access, figures: BatchMetrics) -> Batching:
+def _batching(
+    settings: Settings, store: Store, service: Service, access: Access, ladder: LadderWatch, figures: BatchMetrics
+) -> Batching:
     folder = settings.batch_folder or settings.data_path / _BATCH_FOLDER
     kept_s = int(settings.batch_files_kept_days * _DAY_S)
     client = store.patient_client
@@ -142,7 +175,7 @@ def _batching(settings: Settings, store: Store, service: Service, access: Access
     return Batching(
         keeping,
         FileRules(int(settings.batch_max_file_mib * _MIB), int(settings.batch_quota_mib * _MIB), kept_s),
-        LineParts(LineRunner(service), _described, _never, figures),
+        LineParts(LineRunner(service), _described, lambda: ladder.level >= Level.ESSENTIAL, figures),
         InputLimits(settings.batch_max_lines, int(settings.max_body_mib * _MIB)),
         Runners(store.replica, access.named, runs=settings.batches),
     )
@@ -153,9 +186,28 @@ def _described(refusal: Refusal) -> tuple[int, dict[str, Any]]:
     return errors.status(refusal), errors.body(refusal, "openai")
 
 
-def _never() -> bool:
-    """Until there is a ladder whose third level pauses batches."""
-    return False
+def _ladder_rules(settings: Settings) -> LadderRules:
+    highest = settings.highest_automatic_level
+    if highest is None:
+        highest = Level.FALLBACK if settings.fallbacks else Level.ESSENTIAL
+    return LadderRules(highest=Level(highest))
+
+
+def _upstreams(settings: Settings) -> list[Upstream]:
+    return [
+        Upstream(
+            name=chosen.name or chosen.host,
+            url=chosen.url,
+            api_key=chosen.api_key(),
+            models=chosen.models,
+            connect_timeout_s=chosen.connect_timeout_s,
+            first_byte_timeout_s=chosen.first_byte_timeout_s,
+            idle_timeout_s=chosen.idle_timeout_s,
+            whole_answer_timeout_s=chosen.whole_answer_timeout_s,
+            canary_share=chosen.canary_share,
+        )
+        for chosen in settings.fallbacks
+    ]
 
 
 def _pricing(settings: Settings) -> Pricing:
@@ -223,7 +275,8 @@ def _dialect(request: Request) -> Dialect:
     return "anthropic" if request.url.path.startswith(_ANTHROPIC_PREFIX) else "openai"
 
 
-async def _on_refusal(request: Request, error: Exception) -> Response:
+async def on_refusal(request: Request, error: Exception) -> Response:
+    """A refusal as its HTTP answer."""
     assert isinstance(error, Refusal)
     return Response(
         errors.encoded(error, _dialect(request)),
@@ -239,11 +292,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     kind = _HTTP_REFUSALS.get(error.status_code, InvalidRequest)
     sentences = {NotFound: "There is no route", MethodNotAllowed: "This route does not take"}
     text = f"{sentences.get(kind, error.detail)} {request.method} {request.url.path}."
-    response = await _on_refusal(request, kind(text))
+    response = await on_refusal(request, kind(text))
     response.headers.update(error.headers or {})
     return response
 
 
 async def _on_error(request: Request, _: Exception) -> Response:
     """The last resort; the server logs the traceback, the client gets none of it."""
-    return await _on_refusal(request, GenerationFailed("Something went wrong on the server. Please try again."))
+    return await on_refusal(request, GenerationFailed("Something went wrong on the server. Please try again."))

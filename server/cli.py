@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from server import __version__
 from server.commands.batch import batch
 from server.commands.keys import keys
+from server.commands.level import level
 from server.settings import (
     SECTIONS,
     SETTINGS_FILE_ENV,
@@ -143,6 +144,7 @@ cli.add_command(
 
 cli.add_command(keys)
 cli.add_command(batch)
+cli.add_command(level)
 
 
 @cli.command()

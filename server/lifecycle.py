@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import os
 import resource
 import shutil
@@ -21,7 +20,12 @@ import uvicorn
 import uvloop
 
 from server.app import Application, build_application
-from server.policy.refusals import Draining
+from server.engine.start_failures import StartFailure
+from server.engine.supervisor import Supervisor
+from server.policy.refusals import Draining, NotReady
+from server.policy.restarts import RestartRules
+from server.serving.engine_slot import EngineSlot
+from server.serving.seat import Seat
 from server.settings import Settings
 from server.store.connection import BadRedisUrl
 from server.store.operator_key import OperatorKeyUnavailable, ensure_operator_key
@@ -39,10 +43,11 @@ _QUIET_RESOURCE_TRACKER: Final = "ignore::UserWarning:multiprocessing.resource_t
 _BACKLOG: Final = 2048
 _OPEN_FILES: Final = 65535
 _REPORT_INTERVAL_S: Final = 10.0
-_ALIVE_CHECK_INTERVAL_S: Final = 1.0
 _REDIS_START_S: Final = 3.0
 _CHILD_EXIT_TIMEOUT_S: Final = 5.0
 _HTTP_STOP_TIMEOUT_S: Final = 5
+_CANCEL_AGAIN_S: Final = 1.0
+_SOCKETS_FOLDER: Final = "VLLM_RPC_BASE_PATH"  # where vLLM puts its engine's sockets
 
 
 def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, str]) -> int:
@@ -62,6 +67,7 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
         contextlib.closing(listener),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
+        os.environ.setdefault(_SOCKETS_FOLDER, scratch)
         try:
             process = Process(settings, vllm_args, versions, Path(scratch), json_lines=json_lines)
         except (BadRedisUrl, TenantsFileError) as error:
@@ -119,8 +125,7 @@ class Process:
         try:
             yield
         finally:
-            watching.cancel()
-            await asyncio.wait({watching})
+            await _ended(watching)
             await self._app.access.flush()
 
     async def _follow_keys(self) -> None:
@@ -139,27 +144,40 @@ class Process:
         if stack is None:
             _end_children(self._app.store.server_pid)
             return 0 if self._stop.is_set() else 1
-        self._app.slot.fill(stack)
-        gc.collect()
-        gc.freeze()  # what loading left is there to stay; the collector need not walk it again
         log.info("ready", models=list(stack.model_names), max_model_len=stack.max_model_len)
-        reporting = asyncio.create_task(_report(stack))
-        died = asyncio.create_task(_death_of(stack))
-        await _first(self._stop.wait(), died)
-        reporting.cancel()
-        if died.done():
-            log.error("The engine ended unexpectedly. The log lines above say why.")
-            self._app.slot.empty("engine ended")
-        else:
-            died.cancel()
-            await self._drain()
-        await asyncio.to_thread(stack.shutdown)
+        supervisor = self._supervisor()
+        async with _running(_report(self._app.slot), self._app.ladder.run()):
+            supervising = asyncio.create_task(supervisor.run(stack))
+            del stack  # the supervisor's from now on
+            await _first(self._stop.wait(), supervising)
+            gave_up = supervising.done()
+            if gave_up:
+                await self._end_without_engine(supervising)
+            else:
+                await self._drain()
+            self.loading_abandoned = supervisor.building
+            await _ended(supervising)
+        last = self._app.slot.empty("stopping")
+        if last is not None:
+            await last.close()
+        await self._app.fallback.close()
         _end_children(self._app.store.server_pid)
-        return 1 if died.done() and not died.cancelled() else 0
+        return 1 if gave_up else 0
+
+    def _supervisor(self) -> Supervisor:
+        s, app = self._settings, self._app
+        rules = RestartRules(s.engine_hang_timeout_s, max_failures=s.engine_max_failed_restarts)
+        return Supervisor(self._build, Seat(app.slot, app.gate), app.requests, app.resilience, rules)
+
+    async def _end_without_engine(self, supervising: asyncio.Task[None]) -> None:
+        """Too many restarts have failed: whoever waits is told, and the process ends so that a service manager acts."""
+        log.error("The engine could not be replaced. The log lines above say why.", exc_info=supervising.exception())
+        await self._app.requests.drain(0)
+        await self._app.requests.end_all(NotReady("The model could not be started again. Please try again later."))
 
     async def _load(self) -> "Stack | None":
-        """The stack, or None if loading failed (said in the log) or was stopped."""
-        loading = asyncio.create_task(self._build())
+        """The first stack, or None if loading failed (said in the log) or was stopped."""
+        loading = asyncio.create_task(self._import_and_build())
         await _first(self._stop.wait(), loading)
         if not loading.done():
             self.loading_abandoned = True
@@ -167,26 +185,31 @@ class Process:
             return None
         return loading.result()
 
-    async def _build(self) -> "Stack | None":
+    async def _import_and_build(self) -> "Stack | None":
         self._app.slot.enter("importing the engine")
         await asyncio.to_thread(_import_engine)
-        from server.engine.stack import StackRequest, build_stack
-        from server.engine.start_failures import StartFailure
-
-        config, errors = self._scratch / "logging.json", self._scratch / "engine-errors.log"
-        logs.write_child_config(config, errors, json_lines=self._json_lines, level=self._settings.log_level)
-        s = self._settings
-        request = StackRequest(self._flags, config, errors, s.context_count_cache_entries, s.fast_streams)
         try:
-            return await build_stack(request, self._app.generation, self._app.slot.enter)
+            return await self._build()
         except StartFailure as failure:
             _say_why(str(failure))
             return None
+
+    async def _build(self) -> "Stack":
+        """A new stack. Raises `StartFailure`."""
+        from server.engine.stack import StackRequest, build_stack
+
+        config, errors = self._scratch / "logging.json", self._scratch / "engine-errors.log"
+        errors.unlink(missing_ok=True)  # the words of an engine that is gone explain nothing about the next
+        logs.write_child_config(config, errors, json_lines=self._json_lines, level=self._settings.log_level)
+        s = self._settings
+        request = StackRequest(self._flags, config, errors, s.context_count_cache_entries, s.fast_streams)
+        return await build_stack(request, self._app.generation, self._app.slot.enter)
 
     async def _drain(self) -> None:
         """Finish what runs; what is still running at the deadline, or at a second signal, ends with an error."""
         timeout_s = self._settings.drain_timeout_s
         requests = self._app.requests
+        await self._lame_duck()
         log.info("draining", open_requests=len(requests), timeout_s=timeout_s)
         draining = asyncio.create_task(requests.drain(timeout_s))
         await _first(self._stop_at_once.wait(), draining)
@@ -194,6 +217,13 @@ class Process:
         if len(requests):
             log.warning("ending open requests", open_requests=len(requests))
             await requests.end_all(Draining("The server is stopping and could not finish this answer."))
+
+    async def _lame_duck(self) -> None:
+        """Say that the server is leaving before it refuses anything: a balancer needs a moment to see it."""
+        self._app.requests.announce_leaving()
+        if (delay_s := self._settings.drain_delay_s) > 0:
+            log.info("leaving: not ready any more, and taking requests for a moment", delay_s=delay_s)
+            await _first(self._stop_at_once.wait(), asyncio.sleep(delay_s))
 
     def _http_config(self) -> uvicorn.Config:
         s = self._settings
@@ -292,17 +322,38 @@ def _import_engine() -> None:
     import server.engine.stack  # noqa: F401  # seconds of imports, done where they do not block the port
 
 
-async def _report(stack: "Stack") -> None:
+async def _report(slot: EngineSlot) -> None:
+    """Let vLLM log its throughput and cache figures now and then."""
     while True:
         await asyncio.sleep(_REPORT_INTERVAL_S)
-        await stack.report()
+        if slot.ready:
+            await slot.stack.report()
 
 
-async def _death_of(stack: "Stack") -> None:
-    while True:
-        await asyncio.sleep(_ALIVE_CHECK_INTERVAL_S)
-        if not stack.alive:
-            return
+@contextlib.asynccontextmanager
+async def _running(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run these beside the block, and cancel them with it."""
+    tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(_say_if_failed)
+    try:
+        yield
+    finally:
+        await _ended(*tasks)
+
+
+async def _ended(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks until they have ended: one cancellation can be lost where it meets a connection that fails."""
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
+
+
+def _say_if_failed(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a task beside the requests has failed", exc_info=error)
 
 
 async def _first(*waits: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:

@@ -10,9 +10,10 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 from platformdirs import user_data_path
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -23,7 +24,9 @@ from pydantic_settings import (
 from pydantic_settings import SettingsError as UnreadableVariable
 
 ENV_PREFIX: Final = "TIDEGATE_"
+INTERACTIVE_CLASSES: Final = ("critical", "default")
 SETTINGS_FILE_ENV: Final = f"{ENV_PREFIX}SETTINGS"
+FALLBACK_API_KEY_ENV: Final = f"{ENV_PREFIX}FALLBACK_API_KEY"
 
 
 def _split(value: Any) -> Any:
@@ -35,7 +38,23 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+def _by_class(value: Any) -> Any:
+    """`5` holds for the classes that people wait for; `critical=2,default=5` names each."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return dict.fromkeys(INTERACTIVE_CLASSES, value)
+    if not isinstance(value, str):
+        return value
+    if "=" not in value:
+        return dict.fromkeys(INTERACTIVE_CLASSES, value.strip())
+    return {name.strip(): seconds.strip() for name, _, seconds in (part.partition("=") for part in value.split(","))}
+
+
 Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Seconds = Annotated[float, Field(gt=0)]
+AnyClass = Literal["critical", "default", "batch"]
+InteractiveClass = Literal["critical", "default"]
+ByClass = Annotated[Mapping[AnyClass, Seconds] | None, NoDecode, BeforeValidator(_by_class)]
+ByInteractiveClass = Annotated[Mapping[InteractiveClass, Seconds] | None, NoDecode, BeforeValidator(_by_class)]
 ClientField = Literal["kv_transfer_params", "cache_salt", "stream_interval", "vllm_xargs", "headers"]
 ClientFields = Annotated[tuple[ClientField, ...], NoDecode, BeforeValidator(_split)]
 
@@ -59,6 +78,10 @@ class Listen(BaseModel):
     drain_timeout_s: float = Field(
         30, ge=0, description="Seconds that running requests may take to finish on SIGTERM.",
         json_schema_extra={"flag": "--drain-timeout"},
+    )  # fmt: skip
+    drain_delay_s: float = Field(
+        0, ge=0, description="Seconds between not ready and the first refusal on SIGTERM, for a balancer to notice.",
+        json_schema_extra={"flag": "--drain-delay"},
     )  # fmt: skip
 
 
@@ -107,6 +130,25 @@ class Requests(BaseModel):
         True, description="Make the frames of plain text streams without vLLM's objects; the same bytes, less CPU."
     )
     keep_alive_s: float = Field(10, gt=0, description="Seconds a stream may wait before a comment keeps it alive.")
+
+
+class Overload(BaseModel):
+    """Overload"""
+
+    ttft_slo_s: ByClass = Field(
+        None, description="Seconds to the first token, waiting included: a number, or critical=2,default=5,batch=600. "
+        "Unset: 5 times the unloaded figure, at least 5.",
+        json_schema_extra={"flag": "--ttft-slo"},
+    )  # fmt: skip
+    tpot_slo_s: ByInteractiveClass = Field(
+        None, description="Seconds per token of a running stream; the strictest class counts. Unset: twice the "
+        "unloaded figure, at least 0.05.",
+        json_schema_extra={"flag": "--tpot-slo"},
+    )  # fmt: skip
+    slow_reader_timeout_s: float = Field(
+        30, gt=0, description="Seconds that a client may leave a part of its answer unread before the answer is ended.",
+        json_schema_extra={"flag": "--slow-reader-timeout"},
+    )  # fmt: skip
 
 
 class ContextOverride(BaseModel):
@@ -175,6 +217,87 @@ class Batches(BaseModel):
     batch_files_kept_days: float = Field(30, gt=0, description="Days that files are kept, unless a client says fewer.")
 
 
+class Resilience(BaseModel):
+    """Engine restarts"""
+
+    engine_hang_timeout_s: float = Field(
+        30, gt=0, description="Seconds an engine with requests may make no step before it is replaced.",
+        json_schema_extra={"flag": "--engine-hang-timeout"},
+    )  # fmt: skip
+    engine_max_failed_restarts: int = Field(
+        5, ge=1, description="Failed restarts of the engine in a row after which the process ends."
+    )
+    restart_wait_s: float = Field(
+        60, ge=0, description="Seconds a request waits while a dead engine is replaced.",
+        json_schema_extra={"flag": "--restart-wait"},
+    )  # fmt: skip
+
+
+class Degradation(BaseModel):
+    """Overload"""
+
+    highest_automatic_level: int | None = Field(
+        None, ge=0, le=5, description="Highest level that pressure alone reaches; 0 leaves all to the operator. "
+        "Unset: 4 with a fallback, else 3.",
+    )  # fmt: skip
+    economy_max_tokens: int = Field(512, ge=1, description="Longest answer in tokens from level 1 on.")
+    canned_reply: str | None = Field(
+        None, description="What level 5 answers to chats that opted in by `x-degradation: canned`."
+    )
+    fallback_url: Strings = Field(
+        (), description="OpenAI-compatible server to fall back on, such as https://host/v1; repeatable, in order."
+    )
+    fallback_model: str | None = Field(None, description="Model to ask for there. Unset: the client's own choice.")
+    fallback_api_key_file: Path | None = Field(
+        None, description="File with the key for it. Unset: the variable TIDEGATE_FALLBACK_API_KEY, if it is there."
+    )
+
+
+class FallbackUpstream(BaseModel):
+    """A fallback as a table [[fallback]]; the key comes from a variable or a file, never from the settings file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str
+    name: str | None = None
+    api_key_env: str | None = None
+    api_key_file: Path | None = None
+    models: dict[str, str] = Field(default_factory=dict)
+    connect_timeout_s: float = Field(default=5, gt=0)
+    first_byte_timeout_s: float = Field(default=30, gt=0)
+    idle_timeout_s: float = Field(default=60, gt=0)
+    whole_answer_timeout_s: float = Field(default=300, gt=0)
+    canary_share: float = Field(default=0, ge=0, le=1)
+
+    @field_validator("url")
+    @classmethod
+    def _has_scheme_and_host(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("a fallback URL is http://HOST[:PORT]/v1 or https://…")
+        return url
+
+    @property
+    def host(self) -> str:
+        """The host and port, which name an upstream that has no name of its own."""
+        return urlsplit(self.url).netloc.rpartition("@")[2]
+
+    def api_key(self) -> str | None:
+        """The key from where the table says. Raises `SettingsError`."""
+        if self.api_key_env is not None:
+            if not (key := os.environ.get(self.api_key_env)):
+                raise SettingsError(f"The fallback {self.url} takes its key from {self.api_key_env}, which is not set.")
+            return key
+        if self.api_key_file is None:
+            return None
+        try:
+            return self.api_key_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise SettingsError(
+                f"The key file {self.api_key_file} of the fallback {self.url} cannot be read: {error.strerror}."
+            ) from error
+
+
 class Logs(BaseModel):
     """Logs"""
 
@@ -187,7 +310,9 @@ class Logs(BaseModel):
     )
 
 
-class Settings(Listen, Access, Requests, Context, Store, Batches, Logs, BaseSettings):
+class Settings(
+    Listen, Access, Requests, Overload, Context, Store, Batches, Resilience, Degradation, Logs, BaseSettings
+):
     """The whole tree, frozen. Only the composition (`server/app.py`) sees it; rooms get their own small parts."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
@@ -195,6 +320,9 @@ class Settings(Listen, Access, Requests, Context, Store, Batches, Logs, BaseSett
     model: str | None = Field(None, description="Model folder or name. Unset: a small embedded chat model.")
     context_models: dict[str, ContextOverride] = Field(
         default_factory=dict, description="Context settings by served name, as tables [context_models.NAME]."
+    )
+    fallback: tuple[FallbackUpstream, ...] = Field(
+        default_factory=tuple, description="Servers to fall back on in their order, as tables [[fallback]]."
     )
     vllm: dict[str, Any] = Field(default_factory=dict, description="vLLM flags in the settings file's [vllm] table.")
 
@@ -210,6 +338,18 @@ class Settings(Listen, Access, Requests, Context, Store, Batches, Logs, BaseSett
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @property
+    def fallbacks(self) -> tuple[FallbackUpstream, ...]:
+        """The tables, then those of the flag."""
+        models = {} if self.fallback_model is None else {"*": self.fallback_model}
+        key_file = self.fallback_api_key_file
+        key_env = FALLBACK_API_KEY_ENV if key_file is None and FALLBACK_API_KEY_ENV in os.environ else None
+        plain = [
+            FallbackUpstream(url=url, models=models, api_key_env=key_env, api_key_file=key_file)
+            for url in self.fallback_url
+        ]
+        return (*self.fallback, *plain)
+
+    @property
     def data_path(self) -> Path:
         """The folder for what the server keeps; it may not exist yet."""
         return self.data_folder or user_data_path("tidegate")
@@ -220,12 +360,24 @@ class Settings(Listen, Access, Requests, Context, Store, Batches, Logs, BaseSett
         return tuple(flag for name, value in self.vllm.items() for flag in _as_flags(name, value))
 
 
-SECTIONS: Final[tuple[type[BaseModel], ...]] = (Listen, Access, Requests, Context, Store, Batches, Logs)
+SECTIONS: Final[tuple[type[BaseModel], ...]] = (
+    Listen,
+    Access,
+    Requests,
+    Overload,
+    Context,
+    Store,
+    Batches,
+    Resilience,
+    Degradation,
+    Logs,
+)
 
 
 def load_settings(flags: Mapping[str, Any], file: Path | None) -> Settings:
     """Settings from the given flags, the environment and the file. Raises `SettingsError`."""
-    ours = (name for name in os.environ if name.startswith(ENV_PREFIX) and name != SETTINGS_FILE_ENV)
+    apart = {SETTINGS_FILE_ENV, FALLBACK_API_KEY_ENV}
+    ours = (name for name in os.environ if name.startswith(ENV_PREFIX) and name not in apart)
     _refuse_unknown(ours, "environment variable", _env_name)
 
     class FromFile(Settings):
@@ -237,10 +389,21 @@ def load_settings(flags: Mapping[str, Any], file: Path | None) -> Settings:
         raise SettingsError(_sentence(error)) from error
     except UnreadableVariable as error:
         raise SettingsError(f"{str(error).capitalize()}: write it as JSON.") from error
+    _check_fallbacks(settings)
     for name in settings.vllm:
         if (field := name.replace("-", "_")) in Settings.model_fields:
             raise SettingsError(f"`{name}` in [vllm] is Tidegate's own setting: write `{field}` above the tables.")
     return settings
+
+
+def _check_fallbacks(settings: Settings) -> None:
+    """Find at the start what would be found when the fallback is needed. Raises `SettingsError`."""
+    try:
+        for fallback in settings.fallbacks:
+            fallback.api_key()
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise SettingsError(f"Wrong --fallback-url: {problem['msg']} (given: {problem['input']!r}).") from error
 
 
 def flag_name(field: str) -> str:
@@ -285,8 +448,13 @@ def _refuse_unknown(names: Iterable[str], kind: str, spelled: Callable[[str], st
 
 def _sentence(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    field = str(problem["loc"][0])
-    return f"Wrong value for {flag_name(field)}: {problem['msg']} (given: {problem['input']!r})."
+    field, *inside = problem["loc"]
+    in_a_table = any(isinstance(part, str) for part in inside)
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
+    name = f"{field}{path}" if in_a_table else flag_name(str(field))
+    # What stands in a field that does not exist may be a secret.
+    given = "" if problem["type"] == "extra_forbidden" else f" (given: {problem['input']!r})"
+    return f"Wrong value for {name}: {problem['msg']}{given}."
 
 
 def _as_flags(name: str, value: Any) -> list[str]:

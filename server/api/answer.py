@@ -5,8 +5,8 @@ and the cleanup runs in that task.
 """
 
 import asyncio
-from collections.abc import Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +20,7 @@ from server.api import errors
 from server.api.body import ClientLeft, parse_json_object, read_body
 from server.api.disconnect import CancelOnDisconnect
 from server.api.errors import Dialect
+from server.api.sending import WatchedSend
 from server.engine.calls import Call, Frame, Reply, StreamReply
 from server.policy.refusals import GenerationFailed, Refusal
 from server.policy.tenants import ANYONE
@@ -35,10 +36,14 @@ _WAITING: Final = b": waiting\n\n"
 
 @dataclass(frozen=True, slots=True)
 class WireLimits:
-    """`keep_alive_s`: how long a stream may wait for its first frame before its head and a comment are sent."""
+    """`keep_alive_s`: how long a stream may wait for its first frame before its head and a comment are sent.
+
+    `slow_reader_timeout_s`: how long a client may leave what it was sent unread before its request is ended.
+    """
 
     max_body_bytes: int
     keep_alive_s: float
+    slow_reader_timeout_s: float
 
 
 class OwnedResponse(Response):
@@ -52,6 +57,7 @@ class OwnedResponse(Response):
         self._route = route
         self._dialect = dialect
         self._head_sent = False
+        self._sent = False  # whether a part of the answer is out, beyond comments
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
@@ -66,7 +72,11 @@ class OwnedResponse(Response):
         state["open_request"] = opened
         try:
             call = await self._read(receive)
-            async with CancelOnDisconnect(receive) as self._client, self._service.requests.open(opened):
+            async with (
+                CancelOnDisconnect(receive) as self._client,
+                WatchedSend(send, self._limits.slow_reader_timeout_s, self._client.leave) as self._send,
+                self._service.requests.open(opened),
+            ):
                 await self._answer(call, opened)
             opened.client_left = self._client.client_left
         except Refusal as refusal:
@@ -91,6 +101,24 @@ class OwnedResponse(Response):
         )
 
     async def _answer(self, call: Call, opened: OpenRequest) -> None:
+        """Answer on one engine after another, until one lives long enough or a part of the answer is out."""
+        while True:
+            if self._service.slot.down:
+                async with self._kept_alive(_expected_media_type(call), opened):
+                    await self._service.engine_for(call, opened)
+            try:
+                await self._attempt(call, opened)
+            except GenerationFailed as failure:
+                await self._service.recovery.after(failure, opened, sent=self._sent)
+            except asyncio.CancelledError:
+                if not opened.was_woken():
+                    raise
+                failed = GenerationFailed("The model stopped while it worked on this request.")
+                await self._service.recovery.after(failed, opened, sent=self._sent)
+            else:
+                return
+
+    async def _attempt(self, call: Call, opened: OpenRequest) -> None:
         try:
             reply = await self._service.answer(call, opened)
             if isinstance(reply, StreamReply):
@@ -100,13 +128,15 @@ class OwnedResponse(Response):
         except Refusal as refusal:
             raise (opened.refusal or refusal) from refusal
         except Exception as error:
-            log.exception("request failed")
+            if not opened.lost_its_engine:
+                log.exception("request failed")
             raise GenerationFailed("Something went wrong on the server. Please try again.") from error
 
     async def _whole(self, reply: Reply, opened: OpenRequest) -> None:
         body = told_body(reply.body, opened.edits) if opened.edits else reply.body
         headers = {**reply.headers, **opened.headers, "content-length": str(len(body))}
-        await self._start(200, reply.media_type, headers)
+        self._sent = True
+        await self._start(reply.status, reply.media_type, headers)
         self._client.finish()
         await self._send({"type": "http.response.body", "body": body})
 
@@ -115,30 +145,35 @@ class OwnedResponse(Response):
 
         Frames that precede the engine's first output are held back, so that a refusal can still be a status.
         """
-        waiting = asyncio.create_task(self._keep_alive(reply.media_type, opened))
         held: list[bytes] = []
         flowing = False
         send, refusal_in = self._send, reply.refusal_in
-        try:
-            async with aclosing(reply.frames) as frames:
-                async for frame in frames:
-                    if (refusal := refusal_in(frame)) is not None:
-                        raise refusal
-                    data = _bytes(told_frame(frame, opened.edits) if opened.edits else frame)
-                    if flowing:
-                        await send({"type": "http.response.body", "body": data, "more_body": True})
-                        continue
-                    held.append(data)
-                    if opened.producing:
-                        await _cancelled(waiting)
-                        await self._send_frames(b"".join(held), reply.media_type, opened)
-                        held.clear()
-                        flowing = True
-        finally:
-            await _cancelled(waiting)
+        async with self._kept_alive(reply.media_type, opened) as waiting, aclosing(reply.frames) as frames:
+            async for frame in frames:
+                if (refusal := refusal_in(frame)) is not None:
+                    raise refusal
+                data = _bytes(told_frame(frame, opened.edits) if opened.edits else frame)
+                if flowing:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    continue
+                held.append(data)
+                if opened.producing:
+                    await _cancelled(waiting)
+                    self._sent = flowing = True
+                    await self._send_frames(b"".join(held), reply.media_type, opened)
+                    held.clear()
         await self._send_frames(b"".join(held), reply.media_type, opened)
         self._client.finish()
         await self._end()
+
+    @asynccontextmanager
+    async def _kept_alive(self, media_type: str, opened: OpenRequest) -> AsyncIterator[asyncio.Task[None]]:
+        """Inside it, comments go out while the client waits."""
+        waiting = asyncio.create_task(self._keep_alive(media_type, opened))
+        try:
+            yield waiting
+        finally:
+            await _cancelled(waiting)
 
     async def _send_frames(self, frames: bytes, media_type: str, opened: OpenRequest) -> None:
         if not self._head_sent:
@@ -170,6 +205,10 @@ class OwnedResponse(Response):
 
     async def _end(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _expected_media_type(call: Call) -> str:
+    return "text/event-stream" if call.body is not None and call.body.get("stream") is True else ""
 
 
 def _bytes(frame: Frame) -> bytes:

@@ -20,6 +20,12 @@ class CancelOnDisconnect:
     def finish(self) -> None:
         self._finished = True
 
+    def leave(self) -> None:
+        """Treat the client as gone."""
+        if not self._finished and not self.client_left:
+            self.client_left = True
+            self._task.cancel()
+
     async def __aenter__(self) -> "CancelOnDisconnect":
         task = asyncio.current_task()
         assert task is not None
@@ -36,6 +42,4 @@ class CancelOnDisconnect:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if not self._finished:
-            self.client_left = True
-            self._task.cancel()
+        self.leave()

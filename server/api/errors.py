@@ -49,6 +49,11 @@ _TABLE: Final[Mapping[type[Refusal], Wire]] = {
     refusals.Draining: Wire(503, "server_error", "server_draining", "overloaded_error"),
     refusals.StorageFull: Wire(507, "server_error", "storage_full", "api_error"),
     refusals.GenerationFailed: Wire(500, "server_error", "internal_error", "api_error"),
+    refusals.EngineLost: Wire(503, "server_error", "engine_lost", "overloaded_error"),
+    refusals.Quarantined: Wire(500, "server_error", "request_quarantined", "api_error"),
+    refusals.UpstreamLost: Wire(502, "server_error", "upstream_lost", "api_error"),
+    refusals.Closed: Wire(503, "server_error", "server_closed", "overloaded_error"),
+    refusals.NotDegraded: Wire(503, "server_error", "degraded_service", "overloaded_error"),
 }
 
 
@@ -92,6 +97,8 @@ def event(refusal: Refusal, dialect: Dialect) -> bytes:
 def headers(refusal: Refusal) -> dict[str, str]:
     """`Retry-After` in whole seconds (rounded up) and in milliseconds, where waiting helps."""
     extra = {"www-authenticate": "Bearer"} if status(refusal) == HTTPStatus.UNAUTHORIZED else {}
+    if not refusal.should_retry:
+        extra["x-should-retry"] = "false"
     if refusal.retry_after_s is None:
         return extra
     milliseconds = math.ceil(refusal.retry_after_s * 1000)

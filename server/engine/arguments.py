@@ -102,6 +102,7 @@ def parse_arguments(flags: Sequence[str]) -> Namespace:
         max_model_len=_AUTO_MAX_MODEL_LEN,
         tensor_parallel_size=_AUTO_TENSOR_PARALLEL,
         enable_prompt_tokens_details=True,  # clients see how much of a prompt came from the prefix cache
+        scheduling_policy="priority",  # the gate keeps the engine's queue short; what is in it keeps our order
         enforce_eager=current_platform.is_cpu(),  # compiling for a CPU takes longer than it gives back on start
     )
     try:

@@ -1,12 +1,22 @@
 """What goes into an engine operation and what comes out, free of HTTP machinery and of vLLM."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from server.policy.refusals import Refusal
 
 Frame = str | bytes
+
+
+class Frames(Protocol):
+    """An answer's frames, as an async generator gives them."""
+
+    def __aiter__(self) -> AsyncIterator[Frame]: ...
+
+    def __anext__(self) -> Awaitable[Frame]: ...
+
+    def aclose(self) -> Awaitable[None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +33,12 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete answer."""
+    """A complete answer. `status` is 200 but for the words of a fallback upstream that are passed on."""
 
     body: bytes
     media_type: str
     headers: Mapping[str, str] = field(default_factory=dict)
+    status: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +48,6 @@ class StreamReply:
     `refusal_in` tells whether a frame is an error that vLLM wrapped into the stream.
     """
 
-    frames: AsyncGenerator[Frame, None]
+    frames: Frames
     media_type: str
     refusal_in: Callable[[Frame], Refusal | None]

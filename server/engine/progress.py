@@ -30,6 +30,11 @@ class Progress:
         return bool(self._states)
 
     @property
+    def prefilled(self) -> bool:
+        """Whether every choice has its first token, whatever of it the client is shown."""
+        return bool(self._states) and not any(state.is_prefilling for state in self._states)
+
+    @property
     def completion_tokens(self) -> int:
         """Generated tokens over all `n` choices, as `usage` counts them."""
         return sum(state.detokenizer.num_output_tokens() for state in self._states if state.detokenizer is not None)

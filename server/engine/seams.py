@@ -39,6 +39,7 @@ from server.engine.conversations import (
 )
 from server.engine.counting import MessageCounter, Overheads, measure_overheads
 from server.engine.progress import Progress, follow_requests, followed
+from server.policy.forecast import Step
 
 _TOOL_SETS_REMEMBERED: Final = 256
 
@@ -76,6 +77,14 @@ class Seams(Protocol):
 
     async def render_text(self, prompts: TextPrompts) -> list[EngineInput]:
         """Turn plain prompts into tokens."""
+        ...
+
+    def stepped(self, step: Step) -> None:
+        """Hear of one engine step, with its figures."""
+        ...
+
+    def engine_priority(self, asked: int) -> int:
+        """The priority for the engine's own queue, where lower is earlier; `asked` is what vLLM read."""
         ...
 
     def generate(self, demand: Demand, outputs: Outputs[Output]) -> AsyncGenerator[Output, None]:
@@ -225,7 +234,7 @@ class SeamedEngine(AsyncLLM):
             lora_request=lora_request,
             tokenization_kwargs=tokenization_kwargs,
             trace_headers=trace_headers,
-            priority=priority,
+            priority=self.seams.engine_priority(priority),
             data_parallel_rank=data_parallel_rank,
             session_id=session_id,
             kv_hints=kv_hints,
@@ -253,7 +262,7 @@ class SeamedEngine(AsyncLLM):
             request_id,
             lora_request=lora_request,
             trace_headers=trace_headers,
-            priority=priority,
+            priority=self.seams.engine_priority(priority),
             tokenization_kwargs=tokenization_kwargs,
             reasoning_ended=reasoning_ended,
         )

@@ -2,34 +2,46 @@
 
 import asyncio
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import structlog
 from starlette.datastructures import State
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from server.engine.arguments import EngineArguments, complete_arguments, parse_arguments, with_usable_parsers
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
+from server.engine.figures import EngineFigures, capacity_of, measure_unloaded
 from server.engine.operations import Operation, OperationKey, collect_operations
 from server.engine.plain_streams import splice_chat, splice_completions
+from server.engine.processes import EngineFamily, pids_of
 from server.engine.seams import SeamedEngine, Seams, open_renderer_seam
 from server.engine.start_failures import StartContext, StartFailure, explain
+from server.engine.steps import StepCounter, step_counter
+from server.policy.objectives import Unloaded
+from server.policy.reservations import Capacity
+from server.policy.restarts import Pulse
 
 log = structlog.get_logger(__name__)
 
 Stage = Callable[[str], None]
+Result = TypeVar("Result")
+_QUEUED_PER_SEQUENCE: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +57,32 @@ class StackRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter that was loaded while the engine ran."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stack:
-    """A running engine and its operations. Everything about one engine's life is in here, nothing outlives it."""
+    """A running engine and its operations. Everything about one engine's life is in here, nothing outlives it.
+
+    `unloaded` is None for models that do not generate.
+    """
 
     engine: SeamedEngine
+    family: EngineFamily
+    step_counter: StepCounter
+    models: OpenAIServingModels
+    configured_adapters: frozenset[str]
     operations: dict[OperationKey, Operation]
     model_names: tuple[str, ...]
     max_model_len: int
     kv_cache_tokens: int
     uses_tools: bool
+    capacity: Capacity
+    unloaded: Unloaded | None
 
     @property
     def alive(self) -> bool:
@@ -72,9 +101,42 @@ class Stack:
         """Let vLLM log its throughput and cache figures of the last interval."""
         await self.engine.do_log_stats()
 
-    def shutdown(self) -> None:
-        """End the engine's processes now. Blocking; running requests end with an error."""
-        self.engine.shutdown(timeout=0)
+    def pulse(self) -> Pulse:
+        """What can be seen of the engine now, for the hang watch."""
+        unfinished = self.engine.get_num_unfinished_requests()
+        computing_s = self.family.cpu_s() if current_platform.is_cpu() else None  # a GPU's steps are short
+        return Pulse(self.step_counter.steps, unfinished, self.step_counter.asleep, computing_s)
+
+    async def ended(self) -> None:
+        """Wait until the engine is dead."""
+        await asyncio.wait({self.engine.output_handler})
+
+    def kill(self) -> None:
+        """End the engine's processes at once; running requests end with an error, and `ended` returns."""
+        self.family.kill()
+
+    async def close(self) -> None:
+        """Give back everything the engine holds, dead or alive. Nothing may run on it any more."""
+        handler = self.engine.output_handler
+        handler.cancel()  # else vLLM takes the shutdown for a failure, and logs it as one
+        await asyncio.wait({handler})
+        await asyncio.to_thread(_shut_down, self.engine, self.family)
+
+    def runtime_adapters(self) -> tuple[Adapter, ...]:
+        """The adapters that were loaded through the API; the others come with the configuration."""
+        loaded = self.models.lora_requests.values()
+        return tuple(Adapter(a.lora_name, a.lora_path) for a in loaded if a.lora_name not in self.configured_adapters)
+
+    async def load_adapters(self, adapters: tuple[Adapter, ...]) -> None:
+        """Load adapters as the API does. One that cannot be loaded is logged and left out.
+
+        Raises `StartFailure` if the engine dies meanwhile.
+        """
+        for adapter in adapters:
+            request = LoadLoRAAdapterRequest(lora_name=adapter.name, lora_path=adapter.path)
+            answer = await _while_alive(self.engine, self.models.load_lora_adapter(request))
+            if isinstance(answer, ErrorResponse):
+                log.warning("an adapter is lost", adapter=adapter.name, reason=answer.error.message)
 
 
 async def build_stack(request: StackRequest, seams: Seams, stage: Stage) -> Stack:
@@ -82,12 +144,38 @@ async def build_stack(request: StackRequest, seams: Seams, stage: Stage) -> Stac
 
     The blocking part runs in a thread, so that the port answers meanwhile.
     """
-    arguments, engine = await asyncio.to_thread(_build_engine, request, seams, stage)
+    arguments, engine, family = await asyncio.to_thread(_build_engine, request, seams, stage)
     stage("warming up")
-    return await _build_on(arguments, engine, seams, request)
+    engine._run_output_handler()  # vLLM starts it with the first request; it is also what notices a death
+    building = _build_on(arguments, engine, family, request)
+    try:
+        return await _while_alive(engine, building)
+    except StartFailure:
+        await asyncio.to_thread(_shut_down, engine, family)
+        raise
 
 
-def _build_engine(request: StackRequest, seams: Seams, stage: Stage) -> tuple[EngineArguments, SeamedEngine]:
+async def _while_alive(engine: SeamedEngine, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of work with the engine. Raises `StartFailure` if the engine dies first: vLLM's calls would hang."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait({task, engine.output_handler}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done() and (task.exception() is None or not engine.errored):
+            return task.result()
+        raise StartFailure("The engine ended while it was warming up.")
+    finally:
+        task.cancel()
+
+
+def _shut_down(engine: SeamedEngine, family: EngineFamily) -> None:
+    engine.shutdown(timeout=0)
+    family.clean_up()
+    unregister_vllm_metrics()  # its gauges would stay as they were
+
+
+def _build_engine(
+    request: StackRequest, seams: Seams, stage: Stage
+) -> tuple[EngineArguments, SeamedEngine, EngineFamily]:
     args = parse_arguments(request.vllm_flags)
     disable_envs_cache()  # building an engine sets some of them
     try:
@@ -100,11 +188,11 @@ def _build_engine(request: StackRequest, seams: Seams, stage: Stage) -> tuple[En
         _import_plugins(args)
         arguments = complete_arguments(args)
         stage("loading the model")
-        engine = _start_engine(args)
+        engine = _start_engine(args, seams)
     except Exception as error:
         raise _explained(error, args, request.engine_error_log) from error
     engine.open_seam(seams)
-    return arguments, engine
+    return arguments, engine, EngineFamily.of(pids_of(engine.engine_core))
 
 
 def _configure_logging(args: Namespace, ours: Path) -> None:
@@ -122,13 +210,17 @@ def _import_plugins(args: Namespace) -> None:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
 
 
-def _start_engine(args: Namespace) -> SeamedEngine:
+def _start_engine(args: Namespace, seams: Seams) -> SeamedEngine:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     propagate_flash_late_interaction(args, engine_args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    scheduling = config.scheduler_config
+    if scheduling.max_num_queued_reqs is None:  # a backstop: our own queue keeps the engine's far shorter
+        scheduling.max_num_queued_reqs = _QUEUED_PER_SEQUENCE * scheduling.max_num_seqs
     engine = SeamedEngine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
+        stat_loggers=[StepCounter, EngineFigures(seams.stepped).logger],
         enable_log_requests=engine_args.enable_log_requests,
         aggregate_engine_logging=engine_args.aggregate_engine_logging,
         disable_log_stats=engine_args.disable_log_stats,
@@ -148,23 +240,31 @@ def _explained(error: Exception, args: Namespace, engine_error_log: Path) -> Sta
     return explain(error, words, context)
 
 
-async def _build_on(arguments: EngineArguments, engine: SeamedEngine, seams: Seams, request: StackRequest) -> Stack:
+async def _build_on(
+    arguments: EngineArguments, engine: SeamedEngine, family: EngineFamily, request: StackRequest
+) -> Stack:
     arguments = with_usable_parsers(arguments, engine.renderer.tokenizer)
     args, state = arguments.args, State()
     await engine.reset_mm_cache()  # vLLM does the same: dummy inputs of its memory profiling stay behind otherwise
     tasks = await engine.get_supported_tasks()
     await init_app_state(engine, state, args, tasks)
-    await open_renderer_seam(state.online_renderer, seams, request.count_cache_entries)
+    await open_renderer_seam(state.online_renderer, engine.seams, request.count_cache_entries)
     parser_is_borrowed = not arguments.uses_tools and not arguments.parser_named and not args.reasoning_parser
     _lighten(state, parse_tools_only=parser_is_borrowed, fast_streams=request.fast_streams)
     config = engine.vllm_config
     stack = Stack(
         engine=engine,
+        family=family,
+        step_counter=step_counter(engine.logger_manager),
+        models=state.openai_serving_models,
+        configured_adapters=frozenset(state.openai_serving_models.lora_requests),
         operations=collect_operations(args, state, tasks, config.model_config),
         model_names=tuple(args.served_model_name or [args.model]),
         max_model_len=config.model_config.max_model_len,
         kv_cache_tokens=config.cache_config.kv_cache_size_tokens or 0,
         uses_tools=arguments.uses_tools,
+        capacity=capacity_of(config),
+        unloaded=await measure_unloaded(engine) if "generate" in tasks else None,
     )
     _log_window(stack, asked=args.max_model_len)
     enable_envs_cache()  # vLLM reads its environment at every token; its own cache is for the engine's processes only

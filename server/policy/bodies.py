@@ -20,6 +20,11 @@ CLOSED_HEADERS: Final = ("x-vllm-priority", "x-data-parallel-rank", "x-session-i
 BACKGROUND_TASK_HEADING: Final = "### Task:"
 
 _MAX_TOKENS_FIELDS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_PROMPT_FIELDS: Final = ("messages", "prompt", "input")
+# English prose has four characters to a token; runs of spaces or code may have many more.
+_MOST_CHARS_PER_TOKEN: Final = 16
+# Conversations, messages, a message, its parts, a part: what lies deeper is not text.
+_DEEPEST_TEXT: Final = 5
 _TOOL_FIELDS: Final = ("tools", "tool_choice", "parallel_tool_calls")
 _FREE_TOOL_CHOICES: Final = (None, "auto", "none")
 
@@ -67,6 +72,26 @@ def with_possible_max_tokens(body: Body, max_model_len: int) -> tuple[Body, int 
             if value > max_model_len:
                 body = {**body, field: max_model_len}
     return body, asked
+
+
+def least_prompt_tokens(body: Mapping[str, Any], max_model_len: int) -> int:
+    """What a body's text has in tokens at the very least, without looking at it: no tokenizer gives fewer.
+
+    Long chats are cut to the window, so nothing counts for more than half of it.
+    """
+    chars = sum(_text_chars(body.get(field)) for field in _PROMPT_FIELDS)
+    return min(chars // _MOST_CHARS_PER_TOKEN, max_model_len // 2)
+
+
+def _text_chars(value: Any, depth: int = _DEEPEST_TEXT) -> int:
+    """The length of the text in a prompt, a list of prompts, or a list of messages."""
+    if isinstance(value, str):
+        return len(value)
+    if not depth:
+        return 0
+    if isinstance(value, dict):
+        return _text_chars(value.get("content"), depth - 1) + _text_chars(value.get("text"), depth - 1)
+    return sum(_text_chars(item, depth - 1) for item in value) if isinstance(value, list) else 0
 
 
 def is_tool_call_forced(body: Mapping[str, Any]) -> bool:

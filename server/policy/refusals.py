@@ -98,5 +98,25 @@ class GenerationFailed(Refusal):
     """The engine failed while it worked on this request."""
 
 
+class EngineLost(GenerationFailed):
+    """The engine died after it had begun to answer."""
+
+
+class Quarantined(GenerationFailed):
+    """The request was in the engine at two deaths of it, and is not tried a third time."""
+
+
+class UpstreamLost(GenerationFailed):
+    """The fallback upstream broke off in the middle of its answer."""
+
+
+class Closed(Refusal):
+    """An operator has closed the server for requests."""
+
+
+class NotDegraded(Refusal):
+    """The answer would have been degraded, and the client asked for none rather than that."""
+
+
 class StorageFull(Refusal):
     """There is no room on disk, or none left of the caller's share of it."""

@@ -189,8 +189,8 @@ class Access:
 
     async def _lookup(self, key_digest: str, *, ours: bool) -> _Known | None:
         known, version = self._known.get(key_digest), self._version
-        if known is not None and known.version == version:
-            return known
+        if known is not None and known.version == version and not known.key.expired(self._clock()):
+            return known  # an expired key is looked up like an unknown one, so that both take the same time
         try:
             found = await self._read(key_digest, version)
         except RedisUnavailable as error:
@@ -213,6 +213,8 @@ class Access:
             raise RedisUnavailable("it did not answer just now")
         try:
             key = await self._records.find_key(key_digest)
+            if key is not None and key.expired(self._clock()):
+                return None  # without the second round trip, which an unknown key does not take either
             tenant = None if key is None else await self._tenant(key.tenant)
         except RedisUnavailable as error:
             self._note_failure(error)

@@ -154,7 +154,7 @@ class Charging:
     def _accepted(self, verdict: Granted | Denied) -> Granted:
         if isinstance(verdict, Granted):
             return verdict
-        self._remember(verdict)
+        self.remember(verdict)
         raise self._refusal(verdict.refused)
 
     def _reserved(self, request: OpenRequest, demand: Demand, scopes: tuple[Scope, ...]) -> int:
@@ -192,7 +192,8 @@ class Charging:
         if self.mode == "local":
             request.headers[_MODE_HEADER] = "local"
 
-    def _remember(self, denied: Denied) -> None:
+    def remember(self, denied: Denied) -> None:
+        """Let `check` answer for a while what Redis has just said."""
         scope, now_us = denied.refused.scope, clock_us()
         if denied.refused.name == "concurrency":  # any request that ends makes room
             return

@@ -28,7 +28,7 @@ from server.policy.context import (
     view,
 )
 from server.policy.edits import Edits
-from server.policy.refusals import ContextLengthExceeded
+from server.policy.refusals import ContextLengthExceeded, NotDegraded
 from server.serving.requests import OpenRequest
 from server.telemetry.metrics import Metrics
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # A history of this many messages takes about a millisecond to lay out and plan, and other streams wait meanwhile.
 _PLANNED_ON_LOOP_MESSAGES = 200
 _LEAST_SHARE_DROPPED = 0.1
+_SHORT_WINDOW_RETRY_AFTER_S = 20.0  # the ladder steps down after 15 s of low pressure at the earliest
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class HistoryFitter:
                 return await conversation.render(conversation.messages)
         report, rendered = await self._fit(conversation, window, policy)
         if report.fit.truncated:
+            _note_short_window(window, request)
             request.edited(Edits(len(report.fit.dropped), report.fit.dropped_tokens))
             self._metrics.truncated(len(report.fit.dropped), report.fit.dropped_tokens)
         return rendered
@@ -106,7 +108,8 @@ class HistoryFitter:
         return default_reserve_tokens(max_model_len) if chosen is None else min(chosen, max_model_len - 1)
 
     def _window(self, conversation: Conversation, request: OpenRequest) -> Window:
-        return Window(conversation.max_model_len, self._reserve(conversation.max_model_len, request))
+        reserve = self._reserve(conversation.max_model_len, request)
+        return Window(conversation.max_model_len, reserve, factor=request.context_factor)
 
     def _surely_fits(self, conversation: Conversation, window: Window) -> bool:
         """By byte length alone; histories with tool results are laid out all the same, to find orphans among them."""
@@ -136,6 +139,18 @@ class HistoryFitter:
                 if prompt_tokens <= window.max_prompt_tokens:
                     return FitReport(layout, costs, fit, window, prompt_tokens), rendered
             fit = _smaller(fit, layout, costs.messages, window, prompt_tokens)
+
+
+def _note_short_window(window: Window, request: OpenRequest) -> None:
+    """A history was cut while the ladder allows it less room. Raises `NotDegraded` where that is not wanted."""
+    if window.factor == 1:
+        return
+    if request.wish == "none":
+        raise NotDegraded(
+            "The server is short of capacity and would have to shorten this conversation. Please try again later.",
+            retry_after_s=_SHORT_WINDOW_RETRY_AFTER_S,
+        )
+    request.degraded(f"context={window.factor:g}")
 
 
 def _smaller(fit: Fit, layout: Layout, tokens: list[int], window: Window, rendered_tokens: int) -> Fit:

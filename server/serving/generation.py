@@ -7,9 +7,12 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from server.policy.edits import Edits
+from server.policy.forecast import Step
 from server.policy.refusals import Refusal
+from server.policy.terms import DEFAULT_TERMS
 from server.serving.charging import Charging
 from server.serving.fitting import HistoryFitter
+from server.serving.queue import Gate
 from server.serving.requests import OpenRequest, Running, current_request
 
 if TYPE_CHECKING:
@@ -22,9 +25,22 @@ Output = TypeVar("Output")
 class Generation:
     """What happens at the engine's two seams, for every endpoint alike."""
 
-    def __init__(self, fitter: HistoryFitter, charging: Charging) -> None:
+    def __init__(self, fitter: HistoryFitter, gate: Gate, charging: Charging) -> None:
         self._fitter = fitter
+        self._gate = gate
         self._charging = charging
+
+    def stepped(self, step: Step) -> None:
+        """The engine made a step."""
+        self._gate.stepped(step)
+
+    def engine_priority(self, asked: int) -> int:
+        """The priority of an engine request among those that the engine queues itself; lower is earlier.
+
+        `asked` is what vLLM read from the request. It can only add to what the request's class has.
+        """
+        request = current_request()
+        return (DEFAULT_TERMS if request is None else request.terms).engine_priority(asked)
 
     async def render(self, conversation: Conversation) -> Rendered:
         """Seam 1: messages become tokens."""
@@ -47,18 +63,29 @@ class Generation:
         request.prompt_tokens += demand.prompt_tokens
         _note_clamp(demand, request)
         try:
-            async with self._charging.charge(request, demand):
-                request.admitted()
-                running = Running(outputs())
-                request.running.add(running)
-                try:
-                    async for output in running.generator:
-                        request.producing = True
-                        yield output
-                        running.consumer = asyncio.current_task()
-                finally:
-                    await running.close()
-                    request.running.discard(running)
+            async with self._charging.charge(request, demand), self._gate.slot(request, demand) as slot:
+                while True:
+                    request.admitted()
+                    running, begun = Running(outputs()), False
+                    request.running.add(running)
+                    request.exposed = request.exposed or not request.lost_its_engine
+                    try:
+                        async for output in running.generator:
+                            if not begun:
+                                begun = request.producing = True
+                                slot.streamed()
+                            yield output
+                            running.consumer = asyncio.current_task()
+                    except asyncio.CancelledError:
+                        if begun or request.letting_go or not slot.gave_up():
+                            raise
+                    else:
+                        slot.finished = True
+                        return
+                    finally:
+                        await running.close()
+                        request.running.discard(running)
+                    await slot.wait_again()
         except Refusal as refusal:
             request.refusal = refusal
             raise

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 
 from server.policy.context import TruncationPolicy
+from server.policy.degradation import Wish
 from server.policy.edits import NO_EDITS, Edits
 from server.policy.refusals import Draining, Refusal
 from server.policy.tenants import ANYONE, Tenant
+from server.policy.terms import DEFAULT_TERMS, Terms
 
 if TYPE_CHECKING:
+    from server.engine.stack import Stack
     from server.serving.fitting import FitReport
 
 log = structlog.get_logger(__name__)
@@ -32,6 +35,14 @@ class DryRun:
     """Asks seam 1 to fit whatever is rendered for this request, and to leave a report."""
 
     report: FitReport | None = None
+
+
+class Work(Protocol):
+    """Something that goes on for a request and is ended with it."""
+
+    async def release(self) -> None:
+        """End it, told from outside; returns when it has let go."""
+        ...
 
 
 class Unsettled(Protocol):
@@ -100,7 +111,11 @@ class OpenRequest:
     `detached`: it goes on generating after its answer (background responses), so nothing is closed with it.
     `model` is the one that the client named, `model_name` the one that answers.
     `truncation` and `asked_max_tokens` are what the client asked for, `edits` what was changed.
-    `tenant` owns it; `end_user` is whom a trusted tenant sent it for; `account` is what they were charged.
+    `tenant` owns it; `end_user` is whom a trusted tenant sent it for; `account` is what they were charged. `terms` are
+    how it waits, `arrived_s` since when on the gate's clock, `at_gate` how many engine requests came to the gate.
+    `stack` is what it runs on, `exposed` whether it has reached that stack's engine, `woken` that it was told of the
+    engine's death by a cancellation, and `deaths` how many engines have died with it inside. `wish` is what the client
+    thinks of a degraded answer, and `context_factor` the share of the context budget that its history may fill.
     `on_admitted` is told when the engine takes it, once for each engine request.
     """
 
@@ -120,15 +135,58 @@ class OpenRequest:
     asked_max_tokens: int | None = None
     edits: Edits = NO_EDITS
     dry_run: DryRun | None = None
-    running: set[Running] = field(default_factory=set)
+    running: set[Work] = field(default_factory=set)
+    terms: Terms = DEFAULT_TERMS
+    arrived_s: float | None = None
+    at_gate: int = 0
     detached: bool = False
     letting_go: bool = False
+    stack: Stack | None = None
+    exposed: bool = False
+    woken: bool = False
+    deaths: int = 0
+    wish: Wish = "auto"
+    context_factor: float = 1.0
     on_admitted: Callable[[], None] | None = None
 
     def admitted(self) -> None:
         """The engine takes one of its engine requests now."""
         if self.on_admitted is not None:
             self.on_admitted()
+
+    @property
+    def lost_its_engine(self) -> bool:
+        """Whether the engine it runs on has died."""
+        return self.stack is not None and not self.stack.alive
+
+    def was_woken(self) -> bool:
+        """Whether a cancellation only tells that the engine is gone. It is taken back then."""
+        task = asyncio.current_task()
+        if not self.woken or task is None or task.uncancel() > 0:
+            return False
+        self.woken = False
+        return True
+
+    async def start_over(self) -> None:
+        """Forget an attempt that failed: what it holds, what it counted, and what it was going to say."""
+        for running in tuple(self.running):
+            await running.release()
+        self.running.clear()
+        self.settle()
+        self.stack, self.exposed, self.producing = None, False, False
+        self.prompt_tokens, self.edits, self.refusal = 0, NO_EDITS, None
+        self.headers.clear()
+
+    def degraded(self, *applied: str) -> None:
+        """Note what the level took from the request, for the answer's head."""
+        said = self.headers.get("x-degradation-applied")
+        told = [*(said.split(",") if said else ()), *applied]
+        self.headers["x-degradation-applied"] = ",".join(dict.fromkeys(told))
+
+    def settle(self) -> None:
+        """Settle what was charged for engine requests that are over."""
+        for charged in tuple(self.account.open):
+            charged.settle()
 
     def stand_in(self) -> OpenRequest:
         """A request for what goes on after this one's answer: the same owner and account, and nobody to tell."""
@@ -141,6 +199,7 @@ class OpenRequest:
             model=self.model,
             model_name=self.model_name,
             asked_max_tokens=self.asked_max_tokens,
+            terms=self.terms,
         )
 
     def edited(self, edits: Edits) -> None:
@@ -161,6 +220,7 @@ class OpenRequests:
     def __init__(self) -> None:
         self._open: dict[asyncio.Task[Any], OpenRequest] = {}
         self._draining = False
+        self.leaving = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -170,6 +230,10 @@ class OpenRequests:
     @property
     def draining(self) -> bool:
         return self._draining
+
+    def announce_leaving(self) -> None:
+        """Let readiness say that the server is about to stop, while requests are still taken."""
+        self.leaving = True
 
     @asynccontextmanager
     async def open(self, request: OpenRequest) -> AsyncIterator[OpenRequest]:
@@ -198,15 +262,14 @@ class OpenRequests:
                 self._forget(task)
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
-        del self._open[task]
+        request = self._open.pop(task)
+        if not request.detached:
+            request.settle()
         if not self._open:
             self._idle.set()
 
     async def _let_go(self, task: asyncio.Task[Any], request: OpenRequest) -> None:
-        closed = await asyncio.gather(*(running.release() for running in request.running), return_exceptions=True)
-        if not request.detached:
-            for charged in tuple(request.account.open):
-                charged.settle()
+        closed = await asyncio.gather(*(work.release() for work in tuple(request.running)), return_exceptions=True)
         self._forget(task)
         for error in closed:
             if error is not None:
@@ -214,13 +277,20 @@ class OpenRequests:
 
     async def drain(self, timeout_s: float) -> int:
         """Take no new request and wait for the open ones. Returns how many are still open after `timeout_s`."""
-        self._draining = True
+        self._draining = self.leaving = True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
             return len(self._open)
         return 0
+
+    def wake_those_on(self, stack: Stack) -> None:
+        """Tell every request that still waits for a dead stack: some of vLLM's calls would wait forever."""
+        for task, request in self._open.items():
+            if request.stack is stack and not request.letting_go:
+                request.woken = True
+                task.cancel()
 
     async def end_all(self, refusal: Refusal) -> None:
         """End every open request with `refusal`, and wait until all of them have let go."""

@@ -14,6 +14,7 @@ from server.policy.bodies import (
     CLOSED_HEADERS,
     MaxTokensDefaults,
     is_tool_call_forced,
+    least_prompt_tokens,
     refuse_closed_fields,
     with_default_max_tokens,
     with_possible_max_tokens,
@@ -21,11 +22,16 @@ from server.policy.bodies import (
     without_tools,
 )
 from server.policy.context import parse_truncation
-from server.policy.refusals import InvalidRequest, ModelNotFound, Unsupported
+from server.policy.refusals import InvalidRequest, ModelNotFound, Overloaded, Unsupported
 from server.policy.tenants import Tenant
+from server.policy.terms import TIMEOUT_HEADER, terms_of
 from server.serving.charging import Charging
+from server.serving.degradation import Degradation
 from server.serving.engine_slot import EngineSlot
+from server.serving.fallback import Fallback
 from server.serving.fitting import HistoryFitter, described
+from server.serving.queue import Gate
+from server.serving.recovery import Recovery
 from server.serving.requests import DryRun, OpenRequest, OpenRequests
 from server.serving.several import OneByOne
 
@@ -34,18 +40,27 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_FALLBACK_RETRY_AFTER_S: Final = 10.0
 CONTEXT_FIT_ROUTE: Final = "/v1/context/fit"
 CHAT_ROUTE: Final = "/v1/chat/completions"
 RESPONSES_ROUTE: Final = "/v1/responses"
 MODELS_ROUTE: Final = "/v1/models"
 # Where a request may leave its cap open, and the field that holds it.
 _CAP_FIELDS: Final[Mapping[str, str]] = {CHAT_ROUTE: "max_completion_tokens", RESPONSES_ROUTE: "max_output_tokens"}
+_CANCEL_ROUTE: Final = f"{RESPONSES_ROUTE}/{{response_id}}/cancel"
+_TOKENIZER_ROUTE: Final = "/tokenizer_info"
 _COUNT_ROUTE: Final = "/v1/messages/count_tokens"
 # These use nothing that a limit counts.
 _FREE_ROUTES: Final = frozenset({"/tokenize", "/detokenize", _COUNT_ROUTE})
 _FITTED_ROUTES: Final = frozenset(
     {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/completions", "/tokenize"}
 )
+# Whose work goes through the engine.
+_GATED_ROUTES: Final = frozenset(
+    {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/completions", "/v1/embeddings",
+     "/v2/embed", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"}
+)  # fmt: skip
+_TIMEOUT_HEADER: Final = TIMEOUT_HEADER.encode()
 # What of a chat request decides its prompt.
 _RENDERED_FIELDS: Final = frozenset(
     {"model", "messages", "tools", "truncation", "chat_template", "chat_template_kwargs", "add_generation_prompt",
@@ -64,37 +79,49 @@ class BodyRules:
     max_tokens: MaxTokensDefaults
 
 
+@dataclass(frozen=True, slots=True)
+class Guards:
+    """What stands around the engine. `restart_wait_s`: how long a request waits while a dead one is replaced.
+    `one_by_one` answers calls of several prompts of which one is bad."""
+
+    gate: Gate
+    charging: Charging
+    recovery: Recovery
+    degradation: Degradation
+    fallback: Fallback
+    restart_wait_s: float
+    one_by_one: OneByOne
+
+
 class Service:
     """Answers calls on whichever stack serves now."""
 
     def __init__(
-        self,
-        slot: EngineSlot,
-        requests: OpenRequests,
-        rules: BodyRules,
-        fitter: HistoryFitter,
-        charging: Charging,
-        *,
-        one_by_one: OneByOne,
+        self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules, fitter: HistoryFitter, guards: Guards
     ) -> None:
-        self._charging = charging
-        self._one_by_one = one_by_one
+        self._charging = guards.charging
+        self._one_by_one = guards.one_by_one
         self.slot = slot
+        self._gate = guards.gate
         self.requests = requests
+        self.recovery = guards.recovery
         self._rules = rules
         self._fitter = fitter
+        self._degradation = guards.degradation
+        self._fallback = guards.fallback
+        self._restart_wait_s = guards.restart_wait_s
         closed = () if "headers" in rules.opened_fields else CLOSED_HEADERS
         self._closed_headers = frozenset(name.encode() for name in closed)
 
     @property
     def ready(self) -> bool:
         """Whether a new request would be served."""
-        return self.slot.ready and not self.requests.draining
+        return self.slot.ready and not self.requests.leaving
 
     @property
     def stage(self) -> str:
         """What the server is doing, for a person who asks."""
-        return "draining" if self.requests.draining else self.slot.stage
+        return "draining" if self.requests.leaving else self.slot.stage
 
     @property
     def limits_mode(self) -> str:
@@ -114,16 +141,28 @@ class Service:
         return self.slot.stack.body_schemas() if self.slot.ready else {}
 
     async def answer(self, call: Call, request: OpenRequest) -> Reply | StreamReply:
-        """Apply the body rules and run the operation. Raises `Refusal`."""
+        """Apply the level, the body rules and run the operation. Raises `Refusal`."""
         if call.route == CONTEXT_FIT_ROUTE:
             return await self._context_fit(call, request)
-        stack = self.slot.stack
+        if (canned := self._degradation.canned(call, request)) is not None:
+            return canned
+        call = self._degradation.apply(call, request)
+        if self._fallback and (reply := await self._elsewhere(call, request)) is not None:
+            return reply
+        await self.slot.wait(self._restart_wait_s)
+        return await self._on_engine(call, request)
+
+    async def _on_engine(self, call: Call, request: OpenRequest) -> Reply | StreamReply:
+        request.stack = stack = self.slot.stack
         operation = stack.operation(call.method, call.route)
         if operation is None:
-            message = f"The model `{stack.model_names[0]}` does not support {call.method} {call.route}."
-            raise Unsupported(message)
-        if call.body is not None:
-            _refuse_foreign_models(call.body, stack.model_names[0], request.tenant)
+            default = stack.model_names[0]
+            who = f"The model `{default}`" if request.tenant.may_use(default) else "This server"
+            raise Unsupported(f"{who} does not support {call.method} {call.route}.")
+        if (call.method == "POST" and call.route != _CANCEL_ROUTE) or call.route == _TOKENIZER_ROUTE:
+            _refuse_foreign_models(call.body or {}, stack.model_names[0], request.tenant)
+        if call.route in _GATED_ROUTES and call.body is not None:
+            self._knock(call, call.body, stack, request)
         body = None if call.body is None else self._ruled(call, call.body, stack, request)
         if call.method == "POST" and call.route not in _FREE_ROUTES:
             request.model_name = request.model or stack.model_names[0]
@@ -131,9 +170,35 @@ class Service:
         ruled = replace(call, body=body, headers=self._headers(call, request))
         try:
             reply = await operation(ruled)
+        except ModelNotFound as absent:
+            raise _told_to(request.tenant, request.model, absent) from absent
         except InvalidRequest as refusal:
             reply = await self._one_by_one.answer(operation, ruled, refusal, request)
         return _own_models(reply, request.tenant) if call.route == MODELS_ROUTE else reply
+
+    async def engine_for(self, call: Call, request: OpenRequest) -> None:
+        """Wait while a dead engine is replaced, unless the call has somewhere else to go."""
+        if not (self._fallback and self._fallback.knows(call) and self._degradation.goes_to_fallback(request)):
+            await self.slot.wait(self._restart_wait_s)
+
+    async def _elsewhere(self, call: Call, request: OpenRequest) -> Reply | StreamReply | None:
+        """A fallback upstream's answer, or None where the engine is to give it. Raises `Overloaded`."""
+        if not self._fallback.knows(call):
+            return None
+        refuse_closed_fields(call.body or {}, self._rules.opened_fields)
+        _refuse_foreign_models(call.body or {}, self.slot.default_model, request.tenant)
+        self._charging.check(request)
+        if not self._degradation.goes_to_fallback(request):
+            if self.slot.down or not self._degradation.may_be_a_canary(call):
+                return None
+            return await self._fallback.canary(call, request)
+        reply = await self._fallback.answer(call, request)
+        if reply is None and self._degradation.ladder.chosen_by_hand and not self.slot.down:
+            raise Overloaded(
+                "The server is short of capacity, and no fallback answers. Please try again later.",
+                retry_after_s=_FALLBACK_RETRY_AFTER_S,
+            )
+        return reply
 
     async def _context_fit(self, call: Call, request: OpenRequest) -> Reply:
         """What fitting a chat would keep and drop, without generating anything."""
@@ -143,6 +208,14 @@ class Service:
         if dry_run.report is None:
             raise Unsupported("This model's histories are not fitted.")
         return Reply(json.dumps(described(dry_run.report)).encode(), "application/json")
+
+    def _knock(self, call: Call, body: dict[str, Any], stack: Stack, request: OpenRequest) -> None:
+        """Settle how the request waits, and refuse it before any work on it if it would wait too long."""
+        timeout = next((value for name, value in call.headers if name == _TIMEOUT_HEADER), None)
+        request.terms = terms_of(
+            body, None if timeout is None else timeout.decode("latin-1"), request.tenant.traffic_class
+        )
+        self._gate.knock(request, least_prompt_tokens(body, stack.max_model_len))
 
     def _ruled(self, call: Call, body: dict[str, Any], stack: Stack, request: OpenRequest) -> dict[str, Any]:
         refuse_closed_fields(body, self._rules.opened_fields)
@@ -184,17 +257,30 @@ class Service:
 
 
 def _refuse_foreign_models(body: Mapping[str, Any], default_model: str, tenant: Tenant) -> None:
-    """Raise `ModelNotFound`, in vLLM's words for a model that is not there, for every model not among the tenant's.
+    """Raise `ModelNotFound` for every model that is not among the tenant's.
 
     Whether it is there plays no part, so the answer does not tell. A body that names none means the default model.
     """
     model = body.get("model")
     if isinstance(model, str) and model:
         if not tenant.may_use(model):
-            raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
+            raise _absent(model, tenant)
     elif not tenant.may_use(default_model):
-        yours = ", ".join(sorted(tenant.models or ()))
-        raise ModelNotFound(f"Name a model in `model`. You can use: {yours}.", param="model")
+        raise ModelNotFound(f"Name a model in `model`. {_aliases(tenant)}", param="model")
+
+
+def _absent(model: str, tenant: Tenant) -> ModelNotFound:
+    """In vLLM's words, but with the tenant's own models for all that are served."""
+    return ModelNotFound(f"The model `{model}` does not exist. {_aliases(tenant)}", param="model")
+
+
+def _aliases(tenant: Tenant) -> str:
+    return f"Valid aliases: {', '.join(sorted(tenant.models or ()))}."
+
+
+def _told_to(tenant: Tenant, model: str | None, absent: ModelNotFound) -> ModelNotFound:
+    """vLLM's refusal names all models that are served; a tenant with its own hears of those."""
+    return absent if tenant.models is None or model is None else _absent(model, tenant)
 
 
 def _shown_parent(parent: str | None, tenant: Tenant) -> str | None:

@@ -44,7 +44,7 @@ class LimitScript:
 
     async def charge(self, scopes: Sequence[Scope], cost: Cost, lease: str | None) -> Answer:
         arguments: list[str | int] = ["charge", lease or "", cost.requests, cost.tokens, *_limits(scopes)]
-        reply = await self._run(_keys(scopes), arguments)
+        reply = [int(number) for number in (await self._run(_keys(scopes), arguments)).split()]
         granted, scope, limit, wait_us, now_us = reply[:_FIRST_MOMENT]
         refused = None if granted else Refused(scopes[scope - 1], LIMIT_NAMES[limit - 1], wait_us)
         return Answer(refused, now_us, tuple(_moments(reply, number) for number in range(len(scopes))))

@@ -31,7 +31,7 @@ _PATIENCE_S: Final = 0.015
 _TURNS_TO_READ: Final = 3
 _BEHIND_SETTLES_S: Final = 0.005
 _PROBE_INTERVAL_S: Final = 2.0
-_ALIVE_INTERVAL_S: Final = 5.0
+_ALIVE_INTERVAL_S: Final = 1.0
 _ALIVE_TTL_US: Final = 15_000_000
 _HEARTBEAT_S: Final = 20.0
 _SETTLES_KEPT: Final = 50_000
@@ -82,10 +82,13 @@ class _Settle:
 class Limiter:
     """One for each process. `replica` is its name among those that share the Redis."""
 
-    def __init__(self, script: LimitScript, replica: str, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, script: LimitScript, replica: str, timeout_s: float = TIMEOUT_S, heartbeat_s: float = _HEARTBEAT_S
+    ) -> None:
         self._script = script
         self._replica = replica
         self._timeout_s = timeout_s
+        self._heartbeat_s = heartbeat_s
         self._local = LocalLimits()
         self._failures = 0
         self._patient = 0
@@ -294,7 +297,7 @@ class Limiter:
 
     async def _keep_leases(self) -> None:
         while True:
-            await asyncio.sleep(_HEARTBEAT_S)
+            await asyncio.sleep(self._heartbeat_s)
             held: dict[str, list[str]] = {}
             for lease, scopes in self._leases.items():
                 for scope in scopes:

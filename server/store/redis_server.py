@@ -70,7 +70,6 @@ class EmbeddedRedis:
     async def running(self) -> AsyncIterator[None]:
         """Keep it running. Entering does not wait for it; leaving waits until it has written its data and ended."""
         keeper = asyncio.create_task(self._keep())
-        keeper.add_done_callback(_say_if_failed)
         try:
             yield
         finally:
@@ -87,6 +86,9 @@ class EmbeddedRedis:
                         await self._run(lock)
             except (CannotStart, OSError) as error:
                 self._say(f"The embedded Redis does not run: {error}")
+                await asyncio.sleep(_RESTART_AFTER_S)
+            except Exception:  # a supervisor goes on, whatever happens below it
+                log.exception("the embedded Redis is started again")
                 await asyncio.sleep(_RESTART_AFTER_S)
 
     async def _wait_for_the_other(self) -> None:
@@ -210,11 +212,6 @@ async def _answers(client: Redis) -> bool:
         return bool(await client.ping())
     except FAILURES:
         return False
-
-
-def _say_if_failed(keeper: "asyncio.Task[None]") -> None:
-    if not keeper.cancelled() and (error := keeper.exception()) is not None:
-        log.error("the embedded Redis is no longer kept running", exc_info=error)
 
 
 async def _stopped(process: asyncio.subprocess.Process, ended: "asyncio.Task[int]") -> None:

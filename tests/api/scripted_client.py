@@ -120,7 +120,7 @@ class Desk:
 
     operation: Operation
     dialect: Dialect = "openai"
-    limits: WireLimits = field(default_factory=lambda: WireLimits(max_body_bytes=100, keep_alive_s=60))
+    limits: WireLimits = field(default_factory=lambda: WireLimits(100, keep_alive_s=60, slow_reader_timeout_s=60))
     requests: OpenRequests = field(default_factory=OpenRequests)
     slot: EngineSlot | None = None
 

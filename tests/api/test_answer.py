@@ -87,11 +87,14 @@ async def test_a_stream_arrives_frame_by_frame() -> None:
         await answer
     assert client.complete
     assert client.text == f"data: one\n\ndata: two\n\n{DONE_FRAME}"
-    assert client.headers == {
+    headers = client.headers
+    assert float(headers.pop("x-queue-wait")) < 1
+    assert headers == {
         "content-type": "text/event-stream",
         "cache-control": "no-cache",
         "x-accel-buffering": "no",
         "x-tools-ignored": "1",
+        "x-queue-position": "0",
     }
     assert not left_behind(client)
 
@@ -353,7 +356,7 @@ async def test_a_client_that_leaves_while_its_refusal_goes_out_ends_quietly() ->
     assert (client.status, client.complete) == (429, True)
 
 
-QUICK = WireLimits(max_body_bytes=100, keep_alive_s=0.02)
+QUICK = WireLimits(100, keep_alive_s=0.02, slow_reader_timeout_s=60)
 
 
 async def test_a_stream_that_waits_is_kept_alive_by_comments_until_its_first_frame() -> None:

@@ -15,6 +15,7 @@ from server.policy.refusals import (
     InvalidApiKey,
     InvalidRequest,
     NotReady,
+    Overloaded,
     RateLimited,
     Refusal,
 )
@@ -153,3 +154,9 @@ def test_where_waiting_does_not_help_no_time_is_named() -> None:
 
 def test_a_missing_key_is_asked_for_as_http_wants_it() -> None:
     assert errors.headers(InvalidApiKey("No.")) == {"www-authenticate": "Bearer"}
+
+
+def test_a_refusal_that_is_not_worth_repeating_says_so_to_clients_that_would() -> None:
+    hopeless = Overloaded("Too much.", retry_after_s=20.0, should_retry=False)
+    assert errors.headers(hopeless) == {"x-should-retry": "false", "retry-after": "20", "retry-after-ms": "20000"}
+    assert "x-should-retry" not in errors.headers(Overloaded("Busy.", retry_after_s=1.0))

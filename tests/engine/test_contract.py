@@ -8,9 +8,12 @@ import pytest
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.inputs.engine import tokens_input
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from server.engine.progress import FollowedOutputProcessor
 from server.engine.seams import SeamedEngine, SeamedRenderer
@@ -29,6 +32,7 @@ _PREPROCESS_CHAT = [
     "request", "messages", "default_template", "default_template_content_format", "default_template_kwargs",
     "tool_dicts", "parser", "skip_mm_cache",
 ]  # fmt: skip
+_ADD_REQUEST = ["request", "prompt", "parent_req", "request_index", "queue"]
 _CHAT_STREAM = [
     "request", "result_generator", "request_id", "model_name", "conversation", "tokenizer", "request_metadata",
     "chat_template_kwargs", "mm_token_counts",
@@ -37,7 +41,6 @@ _COMPLETION_STREAM = [
     "request", "engine_inputs", "result_generator", "request_id", "created_time", "model_name", "num_prompts",
     "tokenizer", "request_metadata",
 ]  # fmt: skip
-_ADD_REQUEST = ["request", "prompt", "parent_req", "request_index", "queue"]
 _FROM_VLLM_CONFIG = [
     "vllm_config", "start_engine_loop", "usage_context", "stat_loggers", "enable_log_requests",
     "aggregate_engine_logging", "disable_log_stats", "client_addresses", "client_count", "client_index",
@@ -69,6 +72,8 @@ def test_the_installed_vllm_is_the_pinned_version() -> None:
         (OutputProcessor.add_request, _ADD_REQUEST),
         (FollowedOutputProcessor.add_request, _ADD_REQUEST),
         (EngineClient.check_admission, ["n", "request_id"]),
+        (StatLoggerBase.record, ["scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"]),
+        (tokens_input, ["prompt_token_ids", "prompt", "cache_salt"]),
         (OpenAIServingChat.chat_completion_stream_generator, _CHAT_STREAM),
         (OpenAIServingCompletion.completion_stream_generator, _COMPLETION_STREAM),
     ],
@@ -133,3 +138,52 @@ def test_vllm_calls_generate_without_awaiting_it() -> None:
     """`SeamedEngine.generate` is a plain call that returns an async generator, as vLLM's callers expect."""
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
     assert not inspect.iscoroutinefunction(SeamedEngine.generate)
+
+
+def test_a_steps_statistics_have_the_figures_that_the_gate_is_steered_by() -> None:
+    """vLLM says itself that these classes are no stable interface."""
+    scheduled, done = SchedulerStats(), IterationStats()
+    for name in ("num_running_reqs", "num_waiting_reqs", "num_skipped_waiting_reqs", "kv_cache_usage"):
+        assert getattr(scheduled, name) == 0
+    for name in ("inter_token_latencies_iter", "time_to_first_tokens_iter", "finished_requests"):
+        assert getattr(done, name) == []
+    assert (done.num_preempted_reqs, done.num_generation_tokens) == (0, 0)
+    assert (done.prompt_token_stats.computed, done.prompt_token_stats.cached_tokens) == (0, 0)
+
+
+def test_the_engines_life_can_be_watched_and_ended() -> None:
+    """What the supervisor stands on: the task that notices a death, the processes, and where adapters are kept."""
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.v1.engine.core_client import BackgroundResources, MPClient
+    from vllm.v1.engine.utils import CoreEngineProcManager
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+    assert "self.output_handler = asyncio.create_task(" in inspect.getsource(AsyncLLM._run_output_handler)
+    assert {"engine_manager", "coordinator", "engine_dead"} <= set(BackgroundResources.__dataclass_fields__)
+    assert "self.processes" in inspect.getsource(CoreEngineProcManager.__init__)
+    assert "self.resources = BackgroundResources(" in inspect.getsource(MPClient.__init__)
+    assert "self.stat_loggers" in inspect.getsource(StatLoggerManager.__init__)
+    assert "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__)
+    assert _parameters(OpenAIServingModels.load_lora_adapter) == ["request", "base_model_name"]
+    assert _parameters(unregister_vllm_metrics) == []
+
+
+def test_a_step_is_reported_to_every_stat_logger() -> None:
+    from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
+
+    from server.engine.steps import StepCounter
+
+    assert _parameters(StepCounter.record) == _parameters(AggregateStatLoggerBase.record)
+    for call in (".record(", ".record_sleep_state(sleep, level)"):
+        assert call in inspect.getsource(StatLoggerManager)
+
+
+def test_an_engine_that_is_dead_says_so_before_its_requests_learn_of_it() -> None:
+    """Whether a request may run again is asked of its stack: `errored` has to be true when the error arrives."""
+    from vllm.v1.engine.core_client import BackgroundResources, MPClient
+
+    monitor = inspect.getsource(MPClient.start_engine_core_monitor)
+    assert monitor.index("engine_dead = True") < monitor.index("_self.shutdown()")
+    alive = inspect.getsource(BackgroundResources.validate_alive)
+    assert alive.index("engine_dead = True") < alive.index("raise EngineDeadError")

@@ -105,6 +105,17 @@ def test_a_second_signal_ends_open_streams_with_an_error_event(start_tiny: Start
     assert _alive(family) == []
 
 
+def test_a_balancer_has_time_to_see_that_the_server_leaves(start_tiny: StartTiny) -> None:
+    server = start_tiny("--drain-delay", "3")
+    server.wait_until_ready()
+    server.process.terminate()
+    time.sleep(0.5)
+    assert httpx.get(f"{server.url}/health/ready").status_code == 503
+    late = httpx.post(f"{server.url}/v1/chat/completions", json={**_STORY, "max_tokens": 4}, timeout=60)
+    assert late.status_code == 200
+    assert server.process.wait(30) == 0
+
+
 def test_a_stop_while_loading_ends_at_once(start_tiny: StartTiny) -> None:
     server = start_tiny()
     while "loading the model" not in httpx.get(f"{server.url}/health/ready").text:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -26,9 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(folder: Path, tiny_tools_model: Path) -> Iterator[RunningServer]:
     """A server with its own embedded Redis, and two names for its model."""
     names = ("--served-model-name", "tiny", "hidden")
-    running = start_server(
-        folder, str(tiny_tools_model), "--max-model-len", "2048", "--data-folder", str(folder), *names
-    )
+    running = start_server(folder, str(tiny_tools_model), "--max-model-len", "2048", *names)
     running.wait_until_ready()
     yield running
     running.kill()
@@ -36,7 +35,17 @@ def shared(folder: Path, tiny_tools_model: Path) -> Iterator[RunningServer]:
 
 def keys(server: RunningServer, folder: Path, *args: str) -> str:
     """What `tidegate keys ARGS` prints."""
-    command = [sys.executable, "-m", "server", "keys", *args, "--url", server.url, "--data-folder", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "server",
+        "keys",
+        *args,
+        "--url",
+        server.url,
+        "--data-folder",
+        str(folder / "data"),
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
 
 
@@ -71,25 +80,51 @@ def test_a_key_from_the_command_line_serves_until_it_is_revoked(shared: RunningS
 def test_a_model_that_is_not_the_tenants_is_answered_like_one_that_is_not_there(
     shared: RunningServer, folder: Path
 ) -> None:
-    everything, limited = (
-        keys(shared, folder, "create", "all"),
-        keys(shared, folder, "create", "few", "--models", "tiny"),
-    )
-    absent, foreign = (
+    everything = keys(shared, folder, "create", "all")
+    limited = keys(shared, folder, "create", "few", "--models", "tiny,not-loaded")
+    foreign, absent, not_loaded = (
         httpx.post(
             f"{shared.url}/v1/chat/completions",
             json={"model": model, "messages": [{"role": "user", "content": "Hello."}]},
-            headers={"authorization": f"Bearer {key}"},
+            headers={"authorization": f"Bearer {limited}"},
         )
-        for model, key in (("absent", everything), ("hidden", limited))
+        for model in ("hidden", "absent", "not-loaded")
     )
-    assert (absent.status_code, absent.text.replace("absent", "hidden")) == (404, foreign.text)
+    assert foreign.status_code == 404
+    assert foreign.text == absent.text.replace("absent", "hidden")
+    assert foreign.text.replace("hidden", "not-loaded", 1) == not_loaded.text
+    assert "Valid aliases: not-loaded, tiny." in foreign.text
     assert [card.id for card in client(shared, limited).models.list()] == ["tiny"]
     assert say_hello(client(shared, everything), "hidden") >= 1
 
 
+def test_a_limit_holds_and_what_was_used_is_told(shared: RunningServer, folder: Path) -> None:
+    caller = client(shared, keys(shared, folder, "create", "light", "--rpm", "2", "--models", "tiny"))
+    used = [say_hello(caller) for _ in range(2)]
+    with pytest.raises(openai.RateLimitError) as refused:
+        say_hello(caller)
+    assert 0 < int(refused.value.response.headers["retry-after"]) <= 60
+    deadline_s = time.monotonic() + 10  # a settlement follows its answer
+    while not (models := usage(shared, caller)["today"]["models"]):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    assert [(figures["model"], figures["requests"], figures["completion_tokens"]) for figures in models] == [
+        ("tiny", 2, sum(used))
+    ]
+    shown = keys(shared, folder, "usage", "light")
+    assert "tiny" in shown
+    assert f"{models[0]['total_tokens']:,}" in shown
+
+
+def usage(server: RunningServer, caller: OpenAI) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(
+        f"{server.url}/v1/usage", headers={"authorization": f"Bearer {caller.api_key}"}
+    ).json()
+    return found
+
+
 def test_the_operator_key_is_its_owners_alone_and_in_no_log(shared: RunningServer, folder: Path) -> None:
-    file = folder / "operator.key"
+    file = folder / "data" / "operator.key"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     key = keys(shared, folder, "create", "logged")
     assert say_hello(client(shared, key)) >= 1
@@ -104,7 +139,7 @@ def test_tenants_and_keys_outlive_a_restart_and_a_file_is_read_on_a_signal(
 ) -> None:
     file = tmp_path / "tenants.toml"
     file.write_text("")
-    args = (str(tiny_tools_model), "--data-folder", str(tmp_path), "--tenants-file", str(file))
+    args = (str(tiny_tools_model), "--tenants-file", str(file))
     first = start_server(tmp_path, *args)
     try:
         wait_for(first, "callers need no key")

@@ -8,6 +8,7 @@ from server.policy.bodies import (
     MaxTokensDefaults,
     is_background_task,
     is_tool_call_forced,
+    least_prompt_tokens,
     refuse_closed_fields,
     with_default_max_tokens,
     with_possible_max_tokens,
@@ -194,3 +195,21 @@ def test_no_rule_changes_the_body_it_is_given() -> None:
     with_strict_forced_tools(body)
     without_tools(body)
     assert body == before
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"messages": [{"role": "user", "content": "x" * 160}]}, 10),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 320}, {"type": "image_url"}]}]}, 20),
+        ({"messages": [[{"role": "user", "content": "x" * 160}], [{"role": "user", "content": "x" * 160}]]}, 20),
+        ({"prompt": ["x" * 160, "y" * 16]}, 11),
+        ({"prompt": [1, 2, 3]}, 0),
+        ({"input": "x" * 1_000_000}, 512),
+        ({"messages": "no list"}, 0),
+        ({"input": [[[[[[[[["x" * 999]]]]]]]]]}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_body_has_at_least_so_many_tokens(body: dict[str, Any], tokens: int) -> None:
+    assert least_prompt_tokens(body, max_model_len=1024) == tokens

@@ -8,20 +8,31 @@ from typing import TYPE_CHECKING, Any, cast
 from prometheus_client import CollectorRegistry
 
 from server.engine.calls import Call, Frame, Reply, StreamReply
+from server.policy.admission import Admission
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
+from server.policy.ladder import LadderRules
+from server.policy.objectives import Objectives
 from server.policy.refusals import InvalidRequest, Refusal
+from server.policy.reservations import Capacity
 from server.serving.charging import Charging, Pricing
+from server.serving.degradation import Degradation, DegradationRules
 from server.serving.engine_slot import EngineSlot
+from server.serving.fallback import Fallback, Upstream
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
+from server.serving.ladder import LadderSources, LadderWatch, LocalPins, Pins
+from server.serving.queue import Gate
+from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
-from server.serving.service import BodyRules, Service
+from server.serving.service import BodyRules, Guards, Service
 from server.serving.several import OneByOne
 from server.store.connection import connect
 from server.store.limit_script import LimitScript
 from server.store.limiter import Limiter
+from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.metrics import Metrics
+from server.telemetry.resilience import ResilienceMetrics
 
 if TYPE_CHECKING:  # the engine room imports vLLM
     from server.engine.seams import Demand
@@ -68,19 +79,51 @@ def new_fitter() -> HistoryFitter:
     return HistoryFitter(ContextPolicy(TruncationPolicy(), None), {}, Metrics(CollectorRegistry()))
 
 
+def new_gate() -> Gate:
+    """A gate that is open, with far more room than a test needs."""
+    gate = Gate(Admission(Objectives()), AdmissionMetrics(CollectorRegistry()))
+    gate.open(Capacity(kv_tokens=1 << 20, block_tokens=16, max_running=256), None)
+    return gate
+
+
 def new_charging() -> Charging:
     """It charges nobody: tests of other things serve anyone, who has no limits. No Redis is reached."""
     limiter = Limiter(LimitScript(connect("unix:///nowhere")), "a-replica")
     return Charging(limiter, "a-replica", Pricing(), Metrics(CollectorRegistry()))
 
 
-def new_generation() -> Generation:
-    return Generation(new_fitter(), new_charging())
+def new_generation(gate: Gate | None = None) -> Generation:
+    return Generation(new_fitter(), gate or new_gate(), new_charging())
 
 
-def new_service(slot: EngineSlot, requests: OpenRequests, rules: BodyRules | None = None) -> Service:
+def new_service(
+    slot: EngineSlot, requests: OpenRequests, rules: BodyRules | None = None, gate: Gate | None = None
+) -> Service:
     rules = rules or BodyRules(frozenset(), MaxTokensDefaults())
-    return Service(slot, requests, rules, new_fitter(), new_charging(), one_by_one=OneByOne(plainly_described))
+    return Service(slot, requests, rules, new_fitter(), new_guards(slot, gate=gate))
+
+
+def new_guards(
+    slot: EngineSlot,
+    *,
+    gate: Gate | None = None,
+    pins: Pins | None = None,
+    upstreams: Sequence[Upstream] = (),
+    canned_reply: str | None = None,
+    restart_wait_s: float = 5.0,
+    pressure: Callable[[], float] = lambda: 0.0,
+    rules: LadderRules | None = None,
+) -> Guards:
+    """Gate, recovery, ladder and fallback, with whatever pin, pressure and upstreams a test gives."""
+    metrics = ResilienceMetrics(CollectorRegistry())
+    sources = LadderSources(pressure, slot, bool(upstreams))
+    ladder = LadderWatch(rules or LadderRules(), sources, pins or LocalPins(), metrics)
+    degradation = Degradation(ladder, DegradationRules(512, canned_reply), metrics)
+    fallback = Fallback(upstreams, metrics, lambda: 0.5)
+    one_by_one = OneByOne(plainly_described)
+    return Guards(
+        gate or new_gate(), new_charging(), Recovery(metrics), degradation, fallback, restart_wait_s, one_by_one
+    )
 
 
 def plainly_described(refusal: Refusal) -> tuple[int, dict[str, Any]]:
@@ -93,6 +136,7 @@ class FakeProgress:
     """What an engine request has consumed, as the test says."""
 
     in_engine: bool = True
+    prefilled: bool = False
     completion_tokens: int = 0
     cached_tokens: int = 0
 

@@ -104,6 +104,15 @@ async def test_draining_refuses_new_requests_with_a_time_to_come_back() -> None:
     assert len(requests) == 0
 
 
+async def test_a_server_that_is_about_to_leave_still_takes_requests() -> None:
+    requests = OpenRequests()
+    requests.announce_leaving()
+    async with requests.open(request()):
+        assert (requests.leaving, requests.draining) == (True, False)
+    await requests.drain(0)
+    assert (requests.leaving, requests.draining) == (True, True)
+
+
 async def test_a_drain_that_runs_out_of_time_says_how_many_are_left() -> None:
     requests, done = OpenRequests(), asyncio.Event()
     running = [asyncio.create_task(hold(requests, request(name), done)) for name in "ab"]

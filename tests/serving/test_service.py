@@ -5,12 +5,15 @@ import pytest
 
 from server.engine.calls import Call, Reply
 from server.policy.bodies import MaxTokensDefaults
-from server.policy.refusals import ClosedField, NotReady, Unsupported
-from server.policy.tenants import ANYONE
+from server.policy.refusals import ClosedField, NotReady, Overloaded, Unsupported
+from server.policy.reservations import Ask, Capacity
+from server.policy.tenants import ANYONE, Tenant
+from server.policy.terms import Terms
 from server.serving.engine_slot import EngineSlot
+from server.serving.queue import Gate
 from server.serving.requests import OpenRequest, OpenRequests
 from server.serving.service import BodyRules, Service
-from tests.serving.fake_stack import FakeStack, Operation, RecordingOperation, new_service, slot_with
+from tests.serving.fake_stack import FakeStack, Operation, RecordingOperation, new_gate, new_service, slot_with
 
 pytestmark = pytest.mark.anyio
 
@@ -28,10 +31,11 @@ def service(
     chat_cap: int | None = None,
     task_cap: int | None = 2048,
     uses_tools: bool = True,
+    gate: Gate | None = None,
 ) -> Service:
     stack = FakeStack({("POST", route): operation}, uses_tools=uses_tools)
     rules = BodyRules(opened, MaxTokensDefaults(chat_cap, task_cap))
-    return new_service(slot_with(stack), OpenRequests(), rules)
+    return new_service(slot_with(stack), OpenRequests(), rules, gate)
 
 
 def request(route: str = CHAT) -> OpenRequest:
@@ -206,3 +210,38 @@ async def test_the_model_cards_are_those_of_the_models_operation() -> None:
     stack = FakeStack({("GET", "/v1/models"): models})
     listed = new_service(slot_with(stack), OpenRequests())
     assert await listed.model_cards(ANYONE) == [{"id": "a-model"}]
+
+
+async def test_a_request_is_put_on_the_terms_that_it_and_its_tenant_have() -> None:
+    operation, opened = RecordingOperation(), request()
+    opened.tenant = Tenant("search", "critical")
+    headers = ((b"x-request-timeout", b"2.5"),)
+    body = {"messages": MESSAGES, "service_tier": "default", "priority": 3}
+    await service(operation).answer(Call("POST", CHAT, headers=headers, body=body), opened)
+    assert opened.terms == Terms("default", 2.5, 3)
+    assert opened.arrived_s is not None
+
+
+async def test_what_would_wait_too_long_is_refused_before_the_operation_is_asked() -> None:
+    operation, opened = RecordingOperation(), request()
+    gate = new_gate()
+    gate.open(Capacity(1000, 16, 1), None)
+    gate.admission.rush("anyone", Terms(), Ask(10, 10), gate.clock())
+    gate.admission.rates = gate.admission.rates.released(1000.0)
+    busy = service(operation, gate=gate)
+    with pytest.raises(Overloaded) as refused:
+        await busy.answer(Call("POST", CHAT, body={"messages": MESSAGES}), opened)
+    assert refused.value.retry_after_s is not None
+    assert refused.value.retry_after_s >= 1000
+    assert operation.calls == []
+
+
+async def test_counting_tokens_is_no_work_for_the_engine_and_passes_a_full_server() -> None:
+    operation = RecordingOperation()
+    gate = new_gate()
+    gate.open(Capacity(1000, 16, 1), None)
+    gate.admission.rush("anyone", Terms(), Ask(10, 10), gate.clock())
+    gate.admission.rates = gate.admission.rates.released(1000.0)
+    busy = service(operation, "/tokenize", gate=gate)
+    await busy.answer(Call("POST", "/tokenize", body={"prompt": "x"}), request("/tokenize"))
+    assert len(operation.calls) == 1

@@ -1,0 +1,246 @@
+"""More traffic than the machine can serve: who still completes useful work, and for whom.
+
+Three servers get the same arrivals, one after the other: plain vLLM; plain vLLM with its concurrency and its queue
+capped at what was measured to be best for this machine; Tidegate. Useful is an answer whose first token and whose pace
+are within the objectives (goodput).
+"""
+
+import asyncio
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import httpx
+
+from benchmarks import open_loop
+from benchmarks.command import embedded_model
+from benchmarks.comparison import machine, say
+from benchmarks.contenders import (
+    KV_CACHE_FLAG,
+    PLAIN,
+    TIDEGATE,
+    Contender,
+    ContenderFailed,
+    Kind,
+    shown_settings,
+    started,
+)
+from benchmarks.open_loop import Run
+from benchmarks.overload_report import Measured, Objective, headline, print_table, write_curves
+from benchmarks.traffic import Arrival, Caller, Traffic
+
+LOADS: Final = (0.5, 1.0, 2.0, 4.0)
+_SEEDS: Final = (11, 12, 13)
+_TTFT_SLO_S: Final = 5.0
+# Twice the unloaded pace, as in Tidegate's own defaults, but never asking for more than 20 tokens a second.
+_TPOT_FACTOR: Final = 2.0
+_LEAST_TPOT_S: Final = 0.05
+_CONCURRENCIES: Final = (1, 8, 16, 32)
+# Small enough that a plain server preempts: about 6,000 tokens of the embedded model.
+_KV_CACHE_BYTES: Final = 140 << 20
+_LIGHT_SHARE: Final = 0.2
+_GRACE_FACTOR: Final = 2.0
+_BURSTINESS: Final = 3.0
+
+# Who asks. The light tenant asks at the same small rate under every load; the shares of the others fill the rest.
+HEAVY: Final = Caller("heavy", "default", 0.70, "tg-bench-heavy-0123456789abcdef")
+CRITICAL: Final = Caller("critical", "critical", 0.15, "tg-bench-critical-0123456789abcdef")
+JOBS: Final = Caller("jobs", "batch", 0.15, "tg-bench-jobs-0123456789abcdef")
+LIGHT: Final = Caller("light", "default", 1.0, "tg-bench-light-0123456789abcdef")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured: seconds of arrivals in a turn, and turns with other arrivals."""
+
+    duration_s: float
+    seeds: Sequence[int]
+    loads: Sequence[float]
+    bursts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What plain vLLM does here: `capacity_per_s` requests at the most streams that still keep the pace."""
+
+    capacity_per_s: float
+    streams: int
+    residence_s: float
+    objective: Objective
+
+
+_FULL: Final = Plan(30, _SEEDS, LOADS, bursts=True)
+_QUICK: Final = Plan(20, _SEEDS[:1], LOADS, bursts=False)
+
+
+def measure(plan: Plan, model: str, flags: Sequence[str], chosen: Sequence[str]) -> dict[str, Any]:
+    """All turns of all contenders. Raises `ContenderFailed`."""
+    calibration = _calibrate(model, flags)
+    measured: list[Measured] = []
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        for kind, extra in _contenders(calibration, Path(folder)):
+            if chosen and kind.name not in chosen:
+                continue
+            with started(kind, model, [*flags, *extra]) as contender:
+                say(f"{kind.name} ready after {contender.wait_until_ready():.1f} s")
+                measured += _turns(contender, plan, calibration)
+    return {
+        "settings": {**shown_settings(model, flags), "duration_s": plan.duration_s, "seeds": list(plan.seeds)},
+        "capacity_per_s": calibration.capacity_per_s,
+        "capacity_streams": calibration.streams,
+        "ttft_slo_s": calibration.objective.ttft_s,
+        "tpot_slo_s": calibration.objective.tpot_s,
+        "machine": machine(),
+        "turns": [turn.as_dict(calibration.objective) for turn in measured],
+        **headline(measured, calibration.objective),
+        "measured": measured,
+        "objective": calibration.objective,
+    }
+
+
+def _contenders(found: Calibration, folder: Path) -> list[tuple[Kind, list[str]]]:
+    """The servers and the flags that each gets beside the common ones."""
+    slo = found.objective
+    in_queue = int(found.streams * 0.8 * slo.ttft_s / found.residence_s)
+    tuned = ["--max-num-seqs", str(found.streams), "--max-num-queued-reqs", str(found.streams + max(1, in_queue))]
+    ours = ["--ttft-slo", f"{slo.ttft_s:g}", "--tpot-slo", f"{slo.tpot_s:.4f}", *tenant_flags(folder)]
+    return [(PLAIN, []), (replace(PLAIN, name="tuned"), tuned), (TIDEGATE, ours)]
+
+
+def _calibrate(model: str, flags: Sequence[str]) -> Calibration:
+    """Closed-loop turns against plain vLLM: its pace alone, and its throughput at several numbers of streams."""
+    with started(PLAIN, model, flags) as contender:
+        contender.wait_until_ready()
+        asyncio.run(_closed(contender.url, 1, 2))
+        alone = asyncio.run(_closed(contender.url, 1, 4))
+        slo = Objective(_TTFT_SLO_S, max(_LEAST_TPOT_S, _TPOT_FACTOR * _mean_tpot_s(alone)))
+        best = _found(alone, 1, slo)
+        for streams in _CONCURRENCIES[1:]:
+            turn = asyncio.run(_closed(contender.url, streams, 3 * streams))
+            pace_s = _mean_tpot_s(turn)
+            say(f"{streams} streams: {len(turn.outcomes) / turn.wall_s:.2f} requests/s, {pace_s:.4f} s/token")
+            if pace_s > slo.tpot_s:
+                break
+            best = _found(turn, streams, slo)
+    say(f"capacity: {best.capacity_per_s:.2f} requests/s with {best.streams} streams; pace {slo.tpot_s:.4f} s/token")
+    return best
+
+
+def _found(turn: Run, streams: int, slo: Objective) -> Calibration:
+    residence_s = sum(outcome.total_s or 0.0 for outcome in turn.outcomes) / len(turn.outcomes)
+    return Calibration(len(turn.outcomes) / turn.wall_s, streams, residence_s, slo)
+
+
+async def _closed(url: str, streams: int, requests: int) -> Run:
+    """So many requests, so many of them at a time."""
+    arrivals = Traffic(requests / 10, 1000, (LIGHT,), seed=streams).arrivals()[:requests]
+    lanes = [[replace(arrival, at_s=0.0) for arrival in arrivals[i::streams]] for i in range(streams)]
+
+    async def one_after_the_other(lane: Sequence[Arrival]) -> list[Run]:
+        return [await open_loop.run(url, [arrival], grace_s=300) for arrival in lane]
+
+    loop = asyncio.get_running_loop()
+    started_s = loop.time()
+    turns = [turn for lane in await asyncio.gather(*map(one_after_the_other, lanes)) for turn in lane]
+    return Run([outcome for turn in turns for outcome in turn.outcomes], wall_s=loop.time() - started_s)
+
+
+def _mean_tpot_s(turn: Run) -> float:
+    paces_s = [outcome.tpot_s for outcome in turn.outcomes if outcome.tpot_s is not None]
+    return sum(paces_s) / len(paces_s)
+
+
+def _turns(contender: Contender, plan: Plan, found: Calibration) -> list[Measured]:
+    """The light tenant alone, then beside a heavy one, then all of them at every load."""
+    asyncio.run(_closed(contender.url, 4, 8))  # unmeasured: a first time is slower than the next
+    light_rate = _LIGHT_SHARE * found.capacity_per_s
+    alone = Traffic(light_rate, plan.duration_s, (LIGHT,), 0)
+    pair = (replace(HEAVY, share=max(plan.loads) * found.capacity_per_s - light_rate), replace(LIGHT, share=light_rate))
+    beside = replace(alone, rate_per_s=max(plan.loads) * found.capacity_per_s, callers=pair)
+    measured = [_turn(contender, 0.0, replace(alone, seed=seed), found) for seed in plan.seeds]
+    measured += [_turn(contender, max(plan.loads), replace(beside, seed=seed), found) for seed in plan.seeds]
+    for load in plan.loads:
+        for burstiness in (1.0, _BURSTINESS) if plan.bursts else (1.0,):
+            for seed in plan.seeds:
+                rest = load * found.capacity_per_s - light_rate
+                scaled = [replace(caller, share=caller.share * rest) for caller in (HEAVY, CRITICAL, JOBS)]
+                callers = (*scaled, replace(LIGHT, share=light_rate))
+                traffic = Traffic(load * found.capacity_per_s, plan.duration_s, callers, seed, burstiness)
+                measured.append(_turn(contender, load, traffic, found))
+    return measured
+
+
+def _turn(contender: Contender, load: float, traffic: Traffic, found: Calibration) -> Measured:
+    contender.wait_until_idle()
+    before = _preemptions(contender.url)
+    arrivals = traffic.arrivals()
+    turn = asyncio.run(open_loop.run(contender.url, arrivals, grace_s=_GRACE_FACTOR * found.objective.ttft_s))
+    callers = tuple(caller.name for caller in traffic.callers)
+    measured = Measured(contender.name, load, traffic.burstiness, traffic.duration_s, callers, turn)
+    measured.preemptions = _preemptions(contender.url) - before
+    seen = measured.as_dict(found.objective)
+    said = f"{seen['goodput_per_s']:.2f}/s good, {seen['refused']} refused of {len(arrivals)}"
+    say(f"{contender.name} at {load:g}x: {said}, first token p99 {seen['ttft_p99_s'] or 0:.2f} s")
+    return measured
+
+
+def _preemptions(url: str) -> int:
+    page = httpx.get(f"{url}/metrics", timeout=30).text
+    lines = (line for line in page.splitlines() if line.startswith("vllm:num_preemptions_total"))
+    return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines))
+
+
+def tenant_flags(folder: Path) -> list[str]:
+    """The flags that make a server know the benchmark's callers, without limits; plain vLLM takes any key."""
+    declared = [
+        f'[tenants.{caller.name}]\nclass = "{caller.traffic_class}"\nkeys = [{{ sha256 = "{_digest(caller.key)}" }}]\n'
+        for caller in (HEAVY, CRITICAL, JOBS, LIGHT)
+    ]
+    tenants = folder / "tenants.toml"
+    tenants.write_text("\n".join(declared), encoding="utf-8")
+    return ["--tenants-file", str(tenants), "--data-folder", str(folder / "data")]
+
+
+def _digest(key: str | None) -> str:
+    return hashlib.sha256((key or "").encode()).hexdigest()
+
+
+@click.command("overload")
+@click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED)
+@click.option("--model", help="Model folder or name. [default: the embedded model]")
+@click.option("--quick", is_flag=True, help="One seed and shorter turns: ten minutes.")
+@click.option("--load", "loads", type=float, multiple=True, help="Only this multiple of the capacity; repeatable.")
+@click.option("--only", multiple=True, type=click.Choice(["plain", "tuned", "tidegate"]), help="Only this server.")
+@click.option("--duration-s", type=float, help="Seconds of arrivals in a turn.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write the curves to this SVG file.")
+@click.option("as_json", "--json", is_flag=True, help="Add one JSON object as the last line.")
+def command(
+    engine_flags: tuple[str, ...],
+    model: str | None,
+    loads: tuple[float, ...],
+    only: tuple[str, ...],
+    duration_s: float | None,
+    plot: Path | None,
+    *,
+    quick: bool,
+    as_json: bool,
+) -> None:
+    """Goodput, waits and refusals at 0.5, 1, 2 and 4 times the capacity, of Tidegate and of plain vLLM."""
+    plan = _QUICK if quick else _FULL
+    plan = replace(plan, loads=loads or plan.loads, duration_s=duration_s or plan.duration_s)
+    flags = [KV_CACHE_FLAG, str(_KV_CACHE_BYTES), "--block-size", "32", *engine_flags]
+    try:
+        figures = measure(plan, model or embedded_model(), flags, only)
+    except ContenderFailed as failure:
+        raise click.ClickException(str(failure)) from failure
+    measured, objective = figures.pop("measured"), figures.pop("objective")
+    print_table(measured, objective)
+    if plot is not None:
+        plot.write_text(write_curves(measured, objective), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps({"benchmark": "overload", **figures}))

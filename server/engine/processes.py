@@ -1,0 +1,85 @@
+"""The processes of one engine and what they leave behind when they are killed.
+
+A killed process cleans nothing up: its workers may outlive it, and its shared memory stays until this server ends,
+because multiprocessing's resource tracker belongs to the server. So both are noted while the engine is well.
+"""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import structlog
+
+log = structlog.get_logger(__name__)
+
+_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps it
+_EXIT_TIMEOUT_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFamily:
+    """An engine's processes with all their descendants, and the names of the shared memory they share."""
+
+    processes: tuple[psutil.Process, ...]
+    shared_memory: frozenset[str]
+
+    @classmethod
+    def of(cls, pids: Iterable[int]) -> "EngineFamily":
+        """The family of the processes with these ids, as it is now."""
+        members: dict[int, psutil.Process] = {}
+        for pid in pids:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                head = psutil.Process(pid)
+                members |= {member.pid: member for member in (head, *head.children(recursive=True))}
+        return cls(tuple(members.values()), frozenset().union(*(_shared_memory_of(pid) for pid in members)))
+
+    def cpu_s(self) -> float | None:
+        """Processor seconds used so far, or None when a member is stopped or gone."""
+        used_s = 0.0
+        for member in self.processes:
+            try:
+                if member.status() in {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE}:
+                    return None
+                times = member.cpu_times()
+            except psutil.NoSuchProcess:
+                return None
+            used_s += times.user + times.system
+        return used_s
+
+    def kill(self) -> None:
+        """End every member at once, also one that is stopped."""
+        for member in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+
+    def clean_up(self) -> None:
+        """End what is left and free the shared memory. Blocking, a few seconds at most."""
+        self.kill()
+        _, left = psutil.wait_procs(self.processes, timeout=_EXIT_TIMEOUT_S)
+        for member in left:
+            log.warning("a process of the old engine could not be ended", pid=member.pid)
+        for name in self.shared_memory:
+            (_SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+def pids_of(engine_core: Any) -> list[int]:
+    """The ids of the processes that vLLM's engine-core client has started. None of them with Ray, which owns them."""
+    resources = engine_core.resources
+    started = [*getattr(resources.engine_manager, "processes", ())]
+    if resources.coordinator is not None:
+        started.append(resources.coordinator.proc)
+    return [process.pid for process in started if process.pid is not None]
+
+
+def _shared_memory_of(pid: int) -> set[str]:
+    """The names under `/dev/shm` that a process has mapped."""
+    prefix = f"{_SHARED_MEMORY}/"
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # it has just ended, or this is no Linux
+        return set()
+    paths = (line.partition(prefix)[2] for line in maps.splitlines() if prefix in line)
+    return {path.removesuffix(" (deleted)") for path in paths if path and "/" not in path}

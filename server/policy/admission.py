@@ -1,0 +1,395 @@
+"""The gate's decisions: who is let in to the engine, who waits, who is told to come back later.
+
+A state machine without a clock: every method takes the time. `server/serving/queue.py` is asyncio around it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from server.policy.backlog import Backlog, Ticket
+from server.policy.fairness import TokenCounters, cost
+from server.policy.forecast import Rates, Step, place_wait_s
+from server.policy.ledger import Held, Ledger, kv_room, places
+from server.policy.objectives import Objectives, Unloaded
+from server.policy.reservations import Ask, Capacity, Growth, reservation
+from server.policy.running_cap import RunningCap
+from server.policy.tenants import TrafficClass
+from server.policy.terms import DEFAULT_TERMS, TRAFFIC_CLASSES, Terms
+
+# The backlog stays with us, where it has an order: in the engine's own queue stand at most this many, or an eighth of
+# what may run if that is more.
+_ENGINE_QUEUE: Final = 2
+_ENGINE_QUEUE_SHARE: Final = 8
+# Prompts in the engine take at most so many times the pace of a stream (the TPOT objective), or else one at a time.
+_PREFILL_PACES: Final = 2.0
+_FAVOUR: Final = 2
+_USUAL_WEIGHT: Final = 0.05
+_LEAST_SHARE: Final = 0.1
+# Where the SLO is missed by this factor, asking again at once is pointless.
+_HOPELESS: Final = 3.0
+# The part of a deadline that the forecast may use up; it is a forecast.
+_DEADLINE_SHARE: Final = 0.8
+# A prompt that needs long by itself may take twice its own time, whatever the objective is.
+_OWN_FACTOR: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueue:
+    """It waits, with so many requests before it."""
+
+    ticket: Ticket
+    position: int
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """It may go to the engine now."""
+
+    held: Held
+
+
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """It is not served: the first token would come after `wait_s`, and the deadline is `patience_s`."""
+
+    wait_s: float
+    patience_s: float
+    hopeless: bool
+    ticket: Ticket | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Consumed:
+    """What the engine did for a request, in tokens. `finished`: it came to its own end."""
+
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class _Usual:
+    """What comes usually: how long the answers may be, and how much of what is let in belongs to which class."""
+
+    max_tokens: float = 0.0
+    shares: dict[TrafficClass, float] = field(default_factory=lambda: dict.fromkeys(TRAFFIC_CLASSES, 0.0))
+
+    def asked(self, max_tokens: int) -> None:
+        weight = _USUAL_WEIGHT if self.max_tokens else 1.0
+        self.max_tokens += weight * (max_tokens - self.max_tokens)
+
+    def admitted(self, traffic_class: TrafficClass) -> None:
+        for name in self.shares:
+            self.shares[name] += _USUAL_WEIGHT * ((name == traffic_class) - self.shares[name])
+
+    def share_left_to(self, traffic_class: TrafficClass) -> float:
+        """The part of all places that higher classes do not take before a request of this class has its turn."""
+        above = TRAFFIC_CLASSES[: TRAFFIC_CLASSES.index(traffic_class)]
+        return max(_LEAST_SHARE, 1.0 - sum(self.shares[name] for name in above))
+
+
+@dataclass(slots=True)
+class Admission:
+    """The state of the gate. `capacity` None: there is no engine, and nothing is let in."""
+
+    objectives: Objectives
+    capacity: Capacity | None = None
+    unloaded: Unloaded | None = None
+    cap: RunningCap = field(default_factory=lambda: RunningCap.up_to(1))
+    growth: Growth = field(default_factory=Growth)
+    rates: Rates = field(default_factory=Rates)
+    ledger: Ledger = field(default_factory=Ledger)
+    counters: TokenCounters = field(default_factory=TokenCounters)
+    backlog: Backlog = field(init=False)
+    kv_usage_ratio: float = 0.0
+    _engine_waiting: int = 0
+    _since_step: int = 0
+    _short_of_places: bool = False
+    _numbers: int = 0
+    _usual: _Usual = field(default_factory=_Usual)
+    _busy_since_s: dict[TrafficClass, float] = field(default_factory=dict)
+    _expired_s: dict[TrafficClass, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.backlog = Backlog(self.counters)
+
+    def open(self, capacity: Capacity, unloaded: Unloaded | None) -> None:
+        """A new engine serves. Nothing of the last one's figures holds for it."""
+        self.capacity, self.unloaded = capacity, unloaded
+        self.cap, self.growth, self.rates = RunningCap.up_to(capacity.max_running), Growth(), Rates()
+        self.kv_usage_ratio, self._engine_waiting, self._since_step = 0.0, 0, 0
+
+    def close(self) -> None:
+        """The engine is gone; what waits goes on waiting."""
+        self.capacity = None
+
+    def postpone(self, seconds: float) -> None:
+        """The time without an engine counts against nobody's deadline."""
+        for ticket in self.backlog:
+            ticket.deadline_s += seconds
+
+    def stepped(self, step: Step) -> None:
+        """Take in one engine step."""
+        self.growth = self.growth.stepped(step.preemptions)
+        self.rates = self.rates.stepped(step)
+        self.kv_usage_ratio = step.kv_usage_ratio
+        self._engine_waiting, self._since_step = step.waiting, 0
+        slo_s = self.objectives.tpot(self.unloaded)
+        self.cap = self.cap.stepped(step.itl_s, self.ledger.sequences, slo_s, wanted=self._short_of_places)
+        self._short_of_places = False
+
+    def forecast(self, terms: Terms, tenant: str, ask: Ask, now_s: float) -> float:
+        """Seconds until a request that came now would have its first token."""
+        if self.capacity is None:
+            return 0.0
+        traffic_class = terms.traffic_class
+        ahead = self.backlog.ahead_of(traffic_class, tenant, terms.priority)
+        favoured = self._is_favoured(traffic_class, tenant)
+        limit = places(traffic_class, self.cap.limit, self.capacity.max_running, favoured=favoured)
+        room = kv_room(traffic_class, self.capacity, favoured=favoured)
+        residence_s = self._residence_s(now_s)
+        needed = ahead.sequences + min(ask.sequences, limit) - (limit - self.ledger.sequences)
+        self._short_of_places |= needed > 0
+        tokens = ahead.prompt_tokens + self.growth.expected * ahead.max_tokens
+        tokens += min(reservation(ask, self.growth, self.capacity), room) - (room - self._promised())
+        wait_s = max(place_wait_s(needed, limit, residence_s), place_wait_s(tokens, room, residence_s))
+        wait_s /= self._usual.share_left_to(traffic_class)
+        rate = self.rates.prefill_tokens_per_s(self.unloaded)
+        ahead_s = ahead.prompt_tokens / rate if rate else 0.0
+        return max(wait_s, ahead_s) + self._own_s(ask)
+
+    def patience_s(self, terms: Terms, ask: Ask) -> float:
+        """Seconds that a request may take to its first token."""
+        if terms.timeout_s is not None:
+            return terms.timeout_s
+        slo_s = self.objectives.ttft(terms.traffic_class, self.unloaded)
+        return max(slo_s, _OWN_FACTOR * self._own_s(ask))
+
+    def pressure(self, now_s: float) -> float:
+        """The longest predicted wait of a default request in units of its objective: above 1 it would be refused."""
+        usual = Ask(0, int(self._usual.max_tokens))
+        wait_s = self.forecast(DEFAULT_TERMS, self.backlog.longest("default"), usual, now_s)
+        return wait_s / self.objectives.ttft("default", self.unloaded)
+
+    def refuses(self, terms: Terms, tenant: str, ask: Ask, waited_s: float, now_s: float) -> Shed | None:
+        """Whether a request that came `waited_s` ago would get its first token too late.
+
+        One that nothing stands before is always welcome, unless the client's own patience is shorter.
+        """
+        wait_s = self.forecast(terms, tenant, ask, now_s)
+        patience_s = self.patience_s(terms, ask)
+        nothing_before = wait_s <= self._own_s(ask)
+        if waited_s + wait_s <= (1.0 if nothing_before else _DEADLINE_SHARE) * patience_s:
+            return None
+        if nothing_before and terms.timeout_s is None:
+            return None
+        slo_s = self.objectives.ttft(terms.traffic_class, self.unloaded)
+        return Shed(wait_s, patience_s, hopeless=wait_s > _HOPELESS * slo_s)
+
+    def arrive(self, terms: Terms, tenant: str, ask: Ask, arrived_s: float, now_s: float) -> Enqueue | Shed:
+        """Put a request into the queue unless it would wait too long there."""
+        self._usual.asked(ask.max_tokens)
+        self.backlog.welcome(tenant)
+        if (shed := self.refuses(terms, tenant, ask, now_s - arrived_s, now_s)) is not None:
+            return shed
+        ahead = self.backlog.ahead_of(terms.traffic_class, tenant, terms.priority)
+        wait_s = self.forecast(terms, tenant, ask, now_s)
+        self._numbers += 1
+        ticket = Ticket(
+            tenant=tenant,
+            traffic_class=terms.traffic_class,
+            ask=ask,
+            arrived_s=arrived_s,
+            deadline_s=arrived_s + self.patience_s(terms, ask) - self._own_s(ask),
+            number=self._numbers,
+            priority=terms.priority,
+            cost=cost(ask.prompt_tokens, self._expected_completion(ask)),
+        )
+        self._enter(ticket, now_s)
+        return Enqueue(ticket, round(ahead.requests) + 1, wait_s)
+
+    def put_back(self, held: Held, now_s: float) -> Ticket:
+        """A request that gave its place up waits again, before the others of its tenant."""
+        ticket = held.ticket
+        ticket.returned += 1
+        self._enter(ticket, now_s)
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """A request stopped waiting."""
+        self.backlog.remove(ticket)
+        self._note_empty(ticket.traffic_class)
+
+    def next(self, now_s: float) -> Admit | Shed | None:
+        """The next decision about what waits; None when all of it has to go on waiting."""
+        if self.capacity is None or (name := self.backlog.first_class()) is None:
+            return None
+        newest_first = self.newest_first(name, now_s)
+        tenants = self.backlog.tenants(name)
+        ticket = self.backlog.head(name, tenants, newest_first=newest_first)
+        if now_s <= ticket.deadline_s and not self._fits(ticket):
+            light = self._light(name, tenants)
+            if not light or ticket.tenant in light:
+                return None
+            ticket = self.backlog.head(name, light, newest_first=newest_first)
+            if now_s <= ticket.deadline_s and not self._fits(ticket):
+                return None
+        self.leave(ticket)
+        return self._admit(ticket, now_s) if now_s <= ticket.deadline_s else self.expired(ticket, now_s)
+
+    def expired(self, ticket: Ticket, now_s: float) -> Shed:
+        """What a request is told whose time has run out in the queue."""
+        patience_s = ticket.deadline_s - ticket.arrived_s + self._own_s(ticket.ask)
+        if patience_s >= self.objectives.ttft(ticket.traffic_class, self.unloaded):
+            self._expired_s[ticket.traffic_class] = now_s
+        terms = Terms(ticket.traffic_class, priority=ticket.priority)
+        wait_s = self.forecast(terms, ticket.tenant, ticket.ask, now_s)
+        slo_s = self.objectives.ttft(ticket.traffic_class, self.unloaded)
+        return Shed(wait_s, patience_s, wait_s > _HOPELESS * slo_s, ticket)
+
+    def rush(self, tenant: str, terms: Terms, ask: Ask, now_s: float) -> Held:
+        """Let in at once what belongs to an answer that has begun: what is begun is finished."""
+        self._numbers += 1
+        expected = cost(ask.prompt_tokens, self._expected_completion(ask))
+        ticket = Ticket(tenant, terms.traffic_class, ask, now_s, now_s, self._numbers, terms.priority, expected)
+        return self._admit(ticket, now_s).held
+
+    def prefilled(self, held: Held) -> None:
+        """The engine is through with a request's prompt."""
+        self.ledger.prefilled(held)
+
+    def release(self, held: Held, consumed: Consumed, now_s: float) -> None:
+        """A request is over, however it ended: its tenant is charged what it really used."""
+        if not self.ledger.release(held):
+            return
+        ask = held.ticket.ask
+        used = cost(max(0, ask.prompt_tokens - consumed.cached_tokens), consumed.completion_tokens)
+        self.counters.charge(held.ticket.tenant, used - held.ticket.cost)
+        if consumed.finished:
+            self.rates = self.rates.released(now_s - held.admitted_s)
+            most = ask.max_tokens * ask.sequences
+            self.growth = self.growth.finished(consumed.completion_tokens, most, self._usual.max_tokens)
+
+    def victims(self) -> list[Held]:
+        """Batch work to be aborted and put back, so that the critical request which waits first can run.
+
+        The caller ends them; their places are free once they are released.
+        """
+        if self.capacity is None or self.backlog.first_class() != "critical":
+            return []
+        ticket = self.backlog.head("critical", self.backlog.tenants("critical"), newest_first=False)
+        freed, places_freed = self.ledger.evicted_tokens(), self.ledger.evicted_sequences()
+        chosen: list[Held] = []
+        for held in self.ledger.victims():
+            if self._fits(ticket, freed, places_freed):
+                break
+            held.evicted = True
+            chosen.append(held)
+            freed, places_freed = freed + held.reserved, places_freed + held.sequences
+        return chosen if self._fits(ticket, freed, places_freed) else self._spared(chosen)
+
+    @staticmethod
+    def _spared(chosen: list[Held]) -> list[Held]:
+        """Nothing is given up where that would not be enough."""
+        for held in chosen:
+            held.evicted = False
+        return []
+
+    def newest_first(self, traffic_class: TrafficClass, now_s: float) -> bool:
+        """Adaptive LIFO (Maurer, "Fail at Scale", ACM Queue 2015): under standing overload the newest can still be
+        served in time, while the oldest are about to give up.
+
+        Refusing on arrival keeps the queue short enough for its deadlines, so overload alone does not turn the order
+        round. It turns when the class has waited without a break for as long as its objective, and requests expire.
+        """
+        since_s, expired_s = self._busy_since_s.get(traffic_class), self._expired_s.get(traffic_class)
+        if since_s is None or expired_s is None or traffic_class == "batch":
+            return False
+        slo_s = self.objectives.ttft(traffic_class, self.unloaded)
+        return now_s - since_s > slo_s >= now_s - expired_s
+
+    def _enter(self, ticket: Ticket, now_s: float) -> None:
+        self.backlog.add(ticket)
+        self._busy_since_s.setdefault(ticket.traffic_class, now_s)
+
+    def _note_empty(self, traffic_class: TrafficClass) -> None:
+        if not self.backlog.tenants(traffic_class):
+            self._busy_since_s.pop(traffic_class, None)
+
+    def _admit(self, ticket: Ticket, now_s: float) -> Admit:
+        ask, sequences, reserved, prompt_tokens = ticket.ask, ticket.ask.sequences, 0, 0
+        if self.capacity is not None:
+            favoured = self._is_favoured(ticket.traffic_class, ticket.tenant)
+            room = kv_room(ticket.traffic_class, self.capacity, favoured=favoured)
+            reserved = min(reservation(ask, self.growth, self.capacity), room)
+            prompt_tokens = self.capacity.in_blocks(ask.prompt_tokens) * sequences
+        held = Held(ticket, reserved, sequences, prompt_tokens, now_s)
+        self.ledger.admit(held)
+        self.counters.served(ticket.tenant, ticket.cost)
+        self._since_step += sequences
+        self._usual.admitted(ticket.traffic_class)
+        return Admit(held)
+
+    def _fits(self, ticket: Ticket, freed_tokens: int = 0, freed_places: int = 0) -> bool:
+        assert self.capacity is not None
+        favoured = self._is_favoured(ticket.traffic_class, ticket.tenant)
+        limit = places(ticket.traffic_class, self.cap.limit, self.capacity.max_running, favoured=favoured)
+        taken = self.ledger.sequences - freed_places
+        if taken > 0 and taken + ticket.ask.sequences > limit:  # more sequences than the limit run alone
+            self._short_of_places = True
+            return False
+        if not freed_places and not self._engine_takes(ticket, favoured=favoured or ticket.traffic_class == "critical"):
+            return False
+        room = kv_room(ticket.traffic_class, self.capacity, favoured=favoured)
+        wanted = min(reservation(ticket.ask, self.growth, self.capacity), room)
+        return max(0.0, self._promised() - freed_tokens) + wanted <= room
+
+    def _is_favoured(self, traffic_class: TrafficClass, tenant: str) -> bool:
+        """Whether a tenant that uses little may use the room that its class leaves, so that its wait does not depend on
+        how long the answers of heavy ones are. Batch work never does."""
+        return bool(self._light(traffic_class, [tenant]))
+
+    def _light(self, traffic_class: TrafficClass, tenants: list[str]) -> list[str]:
+        """Those of these tenants that hold less than an equal part of all places."""
+        if traffic_class != "default":
+            return []
+        part = self.ledger.equal_part(tenants[0], self.backlog.all_tenants(), self.cap.limit)
+        return [tenant for tenant in tenants if self.ledger.places_of(tenant) < part]
+
+    def _engine_takes(self, ticket: Ticket, *, favoured: bool) -> bool:
+        """Whether the engine is near enough to the end of the prompts it has.
+
+        Prompts that come one by one slow the running streams down a little for a while; all at once they stop them. And
+        what waits in the engine is served in its order, not in ours. Who is favoured may go in beside the others.
+        """
+        ledger, factor = self.ledger, _FAVOUR if favoured else 1
+        in_queue = min(self._engine_waiting + self._since_step, ledger.prefilling)
+        if in_queue >= factor * max(_ENGINE_QUEUE, self.cap.limit // _ENGINE_QUEUE_SHARE):
+            return False
+        rate = self.rates.prefill_tokens_per_s(self.unloaded)
+        ahead = ledger.prefilling_tokens
+        if not ahead or not rate:
+            return True
+        return ahead + ticket.ask.prompt_tokens <= factor * _PREFILL_PACES * self.objectives.tpot(self.unloaded) * rate
+
+    def _promised(self) -> float:
+        assert self.capacity is not None
+        return self.ledger.promised(self.kv_usage_ratio * self.capacity.kv_tokens)
+
+    def _residence_s(self, now_s: float) -> float:
+        """How long requests stay in the engine. Before the first one has left, what their length and the pace say."""
+        known_s = self.rates.residence_s
+        if not known_s:
+            pace_s = max(self.cap.itl_s, self.objectives.tpot(self.unloaded) / 2)
+            known_s = self.growth.expected * self._usual.max_tokens * pace_s
+        return max(known_s, self.ledger.mean_age_s(now_s))
+
+    def _own_s(self, ask: Ask) -> float:
+        """Seconds that the prompt itself takes."""
+        rate = self.unloaded.prefill_tokens_per_s if self.unloaded else self.rates.prefill_tokens_per_s(None)
+        return ask.prompt_tokens / rate if rate else 0.0
+
+    def _expected_completion(self, ask: Ask) -> float:
+        used = self.growth.used if self.growth.used is not None else self.growth.ratio
+        return used * ask.max_tokens * ask.sequences

@@ -1,0 +1,92 @@
+"""What the engine's recent steps say about the next seconds: rates, and the wait until a first token."""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from server.policy.objectives import Unloaded
+
+_RATE_WEIGHT: Final = 0.1
+_RESIDENCE_WEIGHT: Final = 0.1
+# A prompt that shares its steps with many streams is slow; the mean may not fall so low that a burst looks endless.
+_LEAST_RATE_SHARE: Final = 0.1
+_MAX_JITTER: Final = 0.25
+_LEAST_RETRY_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One engine step, as the engine reports it.
+
+    `running` and `waiting` count sequences inside the engine after it. `itl_s` is the mean time since the previous
+    token of the streams that got one (None: no stream did). `prefilled_tokens` are the computed prompt tokens of the
+    requests whose prompt was completed, `cached_tokens` those that were found in the prefix cache; `prefilling` tells
+    whether any prompt was worked on. `duration_s` is the time since the previous step, or since there was work.
+    """
+
+    running: int
+    waiting: int
+    kv_usage_ratio: float
+    preemptions: int = 0
+    itl_s: float | None = None
+    prefilled_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prefilling: bool = False
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Smoothed rates; 0 where nothing was seen yet. `residence_s`: from a request's admission to its end."""
+
+    prefill_tokens: float = 0.0
+    prefill_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    residence_s: float = 0.0
+    pending_prefill_s: float = 0.0
+
+    def prefill_tokens_per_s(self, unloaded: Unloaded | None) -> float:
+        """How fast prompts are worked off, beside whatever else runs; 0 while unknown."""
+        at_best = unloaded.prefill_tokens_per_s if unloaded else 0.0
+        if not self.prefill_s:
+            return at_best
+        return max(self.prefill_tokens / self.prefill_s, _LEAST_RATE_SHARE * at_best)
+
+    def stepped(self, step: Step) -> "Rates":
+        """After one engine step. Prompts are reported when they are done, and may take several steps."""
+        decode = self.decode_tokens_per_s
+        if step.duration_s > 0:
+            decode += _RATE_WEIGHT * (step.generated_tokens / step.duration_s - decode)
+        pending_s = self.pending_prefill_s + step.duration_s if step.prefilling else self.pending_prefill_s
+        if not step.prefilled_tokens or not pending_s:
+            return replace(self, decode_tokens_per_s=decode, pending_prefill_s=pending_s)
+        first = not self.prefill_s
+        weight = 1.0 if first else _RATE_WEIGHT
+        return replace(
+            self,
+            decode_tokens_per_s=decode,
+            prefill_tokens=self.prefill_tokens + weight * (step.prefilled_tokens - self.prefill_tokens),
+            prefill_s=self.prefill_s + weight * (pending_s - self.prefill_s),
+            pending_prefill_s=0.0,
+        )
+
+    def released(self, residence_s: float) -> "Rates":
+        """After a request that was with the engine for so long."""
+        weight = _RESIDENCE_WEIGHT if self.residence_s else 1.0
+        return replace(self, residence_s=self.residence_s + weight * (residence_s - self.residence_s))
+
+
+def place_wait_s(needed: float, limit: float, residence_s: float) -> float:
+    """Seconds until `needed` more units of a full resource are free, if `limit` units turn over in `residence_s`.
+
+    Little's law: of `limit` units that are each held for `residence_s`, `limit / residence_s` are freed every second.
+    """
+    return max(0.0, needed) * residence_s / max(limit, 1.0)
+
+
+def retry_after_s(wait_s: float, jitter_ratio: float) -> float:
+    """When to come back: the predicted wait and up to a quarter more, so that they do not all come at once.
+
+    `jitter_ratio` is a random number between 0 and 1.
+    """
+    return max(_LEAST_RETRY_S, wait_s) * (1 + _MAX_JITTER * jitter_ratio)

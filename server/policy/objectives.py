@@ -1,0 +1,51 @@
+"""How soon a first token and how fast the next ones should come: set by the operator, or learnt from the machine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from server.policy.tenants import TrafficClass
+
+# The classes that somebody waits for.
+InteractiveClass = Literal["critical", "default"]
+# Unset objectives are these multiples of what an unloaded engine does.
+_TTFT_FACTOR: Final = 5.0
+_TPOT_FACTOR: Final = 2.0
+# But not below what a person notices: refusing somebody who would have waited a second helps nobody, and twenty tokens
+# a second are faster than anyone reads.
+_LEAST_TTFT_S: Final = 5.0
+_LEAST_TPOT_S: Final = 0.05
+# Batch work fills gaps. Ten minutes are the timeout of OpenAI's clients for their `flex` tier.
+_BATCH_TTFT_S: Final = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """What an engine did with nothing else to do: seconds to a first token, seconds per further token, and prompt
+    tokens per second."""
+
+    ttft_s: float
+    tpot_s: float
+    prefill_tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    """Service level objectives by class; what is not in a mapping is learnt."""
+
+    ttft_s: Mapping[TrafficClass, float] = field(default_factory=dict)
+    tpot_s: Mapping[InteractiveClass, float] = field(default_factory=dict)
+
+    def ttft(self, traffic_class: TrafficClass, unloaded: Unloaded | None) -> float:
+        """Seconds that a request of this class may take to its first token."""
+        if (chosen := self.ttft_s.get(traffic_class)) is not None:
+            return chosen
+        if traffic_class == "batch":
+            return _BATCH_TTFT_S
+        return max(_LEAST_TTFT_S, _TTFT_FACTOR * unloaded.ttft_s if unloaded else 0.0)
+
+    def tpot(self, unloaded: Unloaded | None) -> float:
+        """Seconds per token that every stream should see: the strictest of the classes that have an objective."""
+        if self.tpot_s:
+            return min(self.tpot_s.values())
+        return max(_LEAST_TPOT_S, _TPOT_FACTOR * unloaded.tpot_s if unloaded else 0.0)

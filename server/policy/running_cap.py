@@ -1,0 +1,67 @@
+"""How many sequences may run at once so that each still gets its tokens in time.
+
+The time per output token (TPOT) grows with the number that share a step. Where the KV cache is large for the machine's
+speed, as on a CPU, memory never says stop, so the step time has to: additive increase, multiplicative decrease
+(Chiu and Jain, 1989), with a multiplicative start as in TCP.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+_FIRST_CAP: Final = 8
+_ITL_WEIGHT: Final = 0.1
+# One stalled step says nothing about how many streams fit: it counts as this many objectives at most.
+_MOST_ITL: Final = 2.0
+# Shares of the objective: above the first the cap is lowered, below the second there is room for one more. A cap whose
+# mean lies at the objective itself would let half of the streams miss it; at 0.8 a few in a hundred do.
+_HIGH_WATER: Final = 0.8
+_LOW_WATER: Final = 0.7
+_DECREASE: Final = 0.8
+_FAR_BELOW: Final = 0.5  # of the objective: below it growth is multiplicative again
+_GROWTH: Final = 1.5
+# A change shows in the mean only after some steps; changing it again before would overshoot.
+_SETTLE_STEPS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RunningCap:
+    """`limit` sequences at a time, `itl_s` the smoothed time between two tokens of a stream.
+
+    `starting` until the objective was passed for the first time.
+    """
+
+    limit: int
+    most: int
+    itl_s: float = 0.0
+    starting: bool = True
+    steps_to_settle: int = 0
+
+    @classmethod
+    def up_to(cls, most: int) -> "RunningCap":
+        """For an engine that runs `most` at a time."""
+        return cls(limit=max(1, min(_FIRST_CAP, most)), most=max(1, most))
+
+    def stepped(self, itl_s: float | None, running: int, tpot_slo_s: float, *, wanted: bool) -> "RunningCap":
+        """After one engine step whose streams waited `itl_s` for their tokens (None: it had no stream).
+
+        `wanted`: somebody would have run but for the limit. One that stops nobody is not raised, and one that is not
+        yet obeyed is not lowered again: what runs over it has to end first.
+        """
+        smoothed = self.itl_s
+        if itl_s is not None:
+            counted_s = min(itl_s, _MOST_ITL * tpot_slo_s)
+            smoothed = smoothed + _ITL_WEIGHT * (counted_s - smoothed) if smoothed else counted_s
+        cap = replace(self, itl_s=smoothed, steps_to_settle=max(0, self.steps_to_settle - 1))
+        if cap.steps_to_settle:
+            return cap
+        if smoothed > _HIGH_WATER * tpot_slo_s and running and running <= self.limit:
+            return cap._limited(int(_DECREASE * min(self.limit, running)), starting=False)
+        if smoothed < _LOW_WATER * tpot_slo_s and wanted:
+            fast = self.starting or smoothed < _FAR_BELOW * tpot_slo_s
+            raised = int(self.limit * _GROWTH) + 1 if fast else self.limit + 1
+            return cap._limited(raised, starting=self.starting)
+        return cap
+
+    def _limited(self, limit: int, *, starting: bool) -> "RunningCap":
+        limit = max(1, min(limit, self.most))
+        return replace(self, limit=limit, starting=starting, steps_to_settle=_SETTLE_STEPS)

@@ -1,0 +1,69 @@
+import asyncio
+from typing import Any
+
+import pytest
+
+from server.api.answer import WireLimits
+from server.api.sending import WatchedSend
+from tests.api.scripted_client import Desk, ScriptedClient, nothing_left_over
+from tests.serving.fake_stack import StreamingOperation
+
+pytestmark = pytest.mark.anyio
+
+IMPATIENT = WireLimits(1000, keep_alive_s=60, slow_reader_timeout_s=0.04)
+
+
+class ClientThatStopsReading(ScriptedClient):
+    """Takes the first frame, and then no more: the server's buffer is full."""
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if b"one" in message.get("body", b""):
+            await asyncio.Event().wait()
+
+
+async def test_a_client_that_does_not_read_is_let_go_and_frees_the_engine() -> None:
+    operation = StreamingOperation()
+    operation.say("one", "two")
+    desk, client = Desk(operation, limits=IMPATIENT), ClientThatStopsReading()
+    async with nothing_left_over(desk):
+        await asyncio.wait_for(desk.answer(client), 2)
+    assert operation.freed == 1
+    assert client.scope["state"]["open_request"].client_left
+
+
+async def test_a_client_that_reads_slowly_but_steadily_is_served() -> None:
+    class Slow(ScriptedClient):
+        async def send(self, message: Any) -> None:
+            await asyncio.sleep(0.02)
+            await super().send(message)
+
+    operation = StreamingOperation()
+    operation.say("one", "two", "three", "four")
+    operation.end()
+    client = await Desk(operation, limits=IMPATIENT).answered(Slow())
+    assert "four" in client.text
+
+
+async def test_a_stream_that_waits_for_its_engine_is_not_a_slow_reader() -> None:
+    operation = StreamingOperation()
+    desk, client = Desk(operation, limits=IMPATIENT), ScriptedClient()
+    answering = desk.answer(client)
+    operation.say("one")
+    await client.until_it_has("one")
+    await asyncio.sleep(0.15)
+    operation.end()
+    await asyncio.wait_for(answering, 2)
+    assert client.complete
+
+
+async def test_the_watch_ends_with_the_answer() -> None:
+    stalls: list[None] = []
+
+    async def send(_: Any) -> None:
+        """Takes everything."""
+
+    async with WatchedSend(send, 0.02, lambda: stalls.append(None)) as watched:
+        await watched({"type": "http.response.body"})
+    await asyncio.sleep(0.05)
+    assert stalls == []

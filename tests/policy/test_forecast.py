@@ -1,0 +1,71 @@
+import pytest
+
+from server.policy.forecast import Rates, Step, place_wait_s, retry_after_s
+from server.policy.objectives import Objectives, Unloaded
+
+UNLOADED = Unloaded(ttft_s=0.1, tpot_s=0.03, prefill_tokens_per_s=2000)
+
+
+def prefill(tokens: int, duration_s: float) -> Step:
+    return Step(1, 0, 0.1, prefilled_tokens=tokens, prefilling=True, duration_s=duration_s)
+
+
+def test_the_prefill_rate_is_tokens_over_the_time_of_the_steps_that_worked_on_them() -> None:
+    rates = Rates().stepped(Step(1, 0, 0.1, prefilling=True, duration_s=0.3)).stepped(prefill(1000, 0.2))
+    assert rates.prefill_tokens_per_s(None) == pytest.approx(2000)
+    assert rates.pending_prefill_s == 0
+
+
+def test_steps_that_only_decode_do_not_count_as_prefill() -> None:
+    decode = Step(1, 0, 0.1, itl_s=0.05, generated_tokens=1, duration_s=9.0)
+    assert Rates().stepped(decode).stepped(prefill(1000, 0.5)).prefill_tokens_per_s(None) == pytest.approx(2000)
+
+
+def test_before_any_prompt_the_unloaded_rate_counts() -> None:
+    assert Rates().prefill_tokens_per_s(UNLOADED) == 2000
+    assert Rates().prefill_tokens_per_s(None) == 0
+
+
+def test_short_prompts_in_slow_steps_do_not_make_a_burst_look_endless() -> None:
+    rates = Rates()
+    for _ in range(100):
+        rates = rates.stepped(prefill(2, 0.1))
+    assert rates.prefill_tokens_per_s(UNLOADED) == 200
+
+
+def test_the_decode_rate_follows_the_steps() -> None:
+    rates = Rates()
+    for _ in range(200):
+        rates = rates.stepped(Step(8, 0, 0.1, itl_s=0.05, generated_tokens=8, duration_s=0.05))
+    assert rates.decode_tokens_per_s == pytest.approx(160, rel=0.01)
+
+
+def test_places_turn_over_by_littles_law() -> None:
+    assert place_wait_s(needed=4, limit=8, residence_s=6) == 3
+    assert place_wait_s(needed=-2, limit=8, residence_s=6) == 0
+
+
+def test_a_retry_is_spread_over_a_quarter_and_never_at_once() -> None:
+    assert retry_after_s(8, 0.0) == 8
+    assert retry_after_s(8, 1.0) == 10
+    assert retry_after_s(0.01, 0.0) == 1
+
+
+def test_unset_objectives_are_multiples_of_the_unloaded_figures() -> None:
+    slow = Unloaded(ttft_s=2.0, tpot_s=0.2, prefill_tokens_per_s=100)
+    assert Objectives().ttft("default", slow) == 10
+    assert Objectives().tpot(slow) == 0.4
+
+
+def test_objectives_are_not_below_what_a_person_notices() -> None:
+    assert Objectives().ttft("critical", UNLOADED) == 5
+    assert Objectives().tpot(Unloaded(0.01, 0.001, 1e6)) == 0.05
+    assert Objectives().ttft("batch", UNLOADED) == 600
+    assert Objectives().ttft("default", None) == 5
+
+
+def test_what_the_operator_sets_counts_and_the_strictest_pace_holds_for_all() -> None:
+    objectives = Objectives({"default": 0.5}, {"critical": 0.02, "default": 0.2})
+    assert objectives.ttft("default", UNLOADED) == 0.5
+    assert objectives.ttft("critical", UNLOADED) == 5
+    assert objectives.tpot(UNLOADED) == 0.02

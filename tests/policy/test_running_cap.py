@@ -1,0 +1,80 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.policy.running_cap import RunningCap
+
+SLO_S = 0.1
+
+
+def machine_itl_s(running: int) -> float:
+    """A machine on which 25 streams are just fast enough."""
+    return 0.05 + 0.002 * running
+
+
+def driven(cap: RunningCap, steps: int, wanted: int = 1000) -> RunningCap:
+    for _ in range(steps):
+        running = min(cap.limit, wanted)
+        cap = cap.stepped(machine_itl_s(running), running, SLO_S, wanted=wanted > running)
+    return cap
+
+
+def test_the_cap_finds_how_many_streams_are_fast_enough_and_stays_there() -> None:
+    cap = driven(RunningCap.up_to(256), 2000)
+    seen = []
+    for _ in range(500):
+        cap = driven(cap, 1)
+        seen.append(cap.limit)
+    assert min(seen) >= 10
+    assert max(seen) <= 30
+
+
+def test_the_cap_comes_near_within_a_hundred_steps() -> None:
+    assert 10 <= driven(RunningCap.up_to(256), 100).limit <= 45
+
+
+def test_a_cap_that_nobody_reaches_is_not_raised() -> None:
+    assert driven(RunningCap.up_to(256), 500, wanted=3).limit == RunningCap.up_to(256).limit
+
+
+def test_a_cap_that_is_not_obeyed_yet_is_not_lowered_again() -> None:
+    cap = RunningCap(limit=20, most=256, starting=False)
+    for _ in range(200):
+        cap = cap.stepped(1.0, 40, SLO_S, wanted=True)
+    assert cap.limit == 20
+
+
+def test_one_stalled_step_does_not_lower_the_cap() -> None:
+    cap = RunningCap(limit=20, most=256, itl_s=0.06, starting=False)
+    for itl_s in (9.0, 0.06, 0.06):
+        cap = cap.stepped(itl_s, 20, SLO_S, wanted=True)
+    assert cap.limit >= 20
+
+
+def test_a_cap_that_fell_in_a_bad_moment_is_up_again_soon() -> None:
+    cap = RunningCap(limit=1, most=64, itl_s=0.2, starting=False)
+    steps = 0
+    while cap.limit < 16:
+        cap, steps = cap.stepped(0.01, cap.limit, SLO_S, wanted=True), steps + 1
+    assert steps < 100
+
+
+def test_a_slow_engine_still_runs_one() -> None:
+    cap = RunningCap.up_to(256)
+    for _ in range(500):
+        cap = cap.stepped(9.0, cap.limit, SLO_S, wanted=True)
+    assert cap.limit == 1
+
+
+def test_an_engine_without_streams_is_not_slowed_down() -> None:
+    cap = RunningCap.up_to(64)
+    for _ in range(200):
+        cap = cap.stepped(None, cap.limit, SLO_S, wanted=True)
+    assert cap.limit == 64
+
+
+@given(st.integers(1, 64), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 80), st.booleans()), max_size=200))
+def test_the_cap_stays_between_one_and_what_the_engine_takes(most: int, steps: list[tuple[float, int, bool]]) -> None:
+    cap = RunningCap.up_to(most)
+    for itl_s, running, wanted in steps:
+        cap = cap.stepped(itl_s, running, SLO_S, wanted=wanted)
+        assert 1 <= cap.limit <= most
