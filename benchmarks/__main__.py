@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from benchmarks import engine_kills, fit_overhead, front_end, limits, long_chat, overload, serving, start_up
+from benchmarks import batch_gaps, engine_kills, fit_overhead, front_end, limits, long_chat, overload, serving, start_up
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,6 +24,7 @@ benchmarks.add_command(engine_kills.command)
 benchmarks.add_command(front_end.command)
 benchmarks.add_command(overload.command)
 benchmarks.add_command(limits.command)
+benchmarks.add_command(batch_gaps.command)
 
 
 if __name__ == "__main__":

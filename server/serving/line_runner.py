@@ -21,6 +21,8 @@ log = structlog.get_logger(__name__)
 
 # Nobody waits for a line: it may stand at the gate for long, and the batch's own window is what ends it.
 _PATIENCE: Final = (b"x-request-timeout", b"3600")
+_BAD_REQUEST: Final = 400
+_ELSEWHERE: Final = "The fallback server did not answer this line."
 _SOMETHING: Final = "Something went wrong on the server while it worked on this line."
 
 
@@ -99,6 +101,8 @@ class LineRunner:
 
 def _body(reply: object, opened: OpenRequest) -> dict[str, Any]:
     assert isinstance(reply, Reply)  # a line cannot ask for a stream
+    if reply.status >= _BAD_REQUEST:
+        raise GenerationFailed(_ELSEWHERE)
     body = json.loads(told_body(reply.body, opened.edits) if opened.edits else reply.body)
     assert isinstance(body, dict)
     return body
