@@ -61,7 +61,7 @@ class Replica:
         service = new_service(slot_with(stack), self.requests)
         self.batching = Batching(
             keeping,
-            FileRules(1 << 20, 0, 7 * 24 * 3600),
+            FileRules(4 << 20, 0, 7 * 24 * 3600),
             LineParts(LineRunner(service), plainly_described, lambda: self.paused, BatchMetrics(self.registry)),
             InputLimits(1000, 1 << 16),
             Runners(name, self._tenant),
