@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from server.policy.batches import COMPLETION_WINDOW_S, MOVES, Batch, Outputs, moved
-from server.policy.refusals import Conflict, InvalidRequest, NotFound
+from server.policy.refusals import Conflict, InvalidRequest, NotFound, RateLimited
 from server.policy.tenants import Tenant
 from server.serving.batch_life import BatchKeeping
 from server.serving.file_desk import INPUT_PURPOSE, FileDesk, kept_in_redis
@@ -16,6 +16,9 @@ from server.store.file_bodies import new_file_id
 from server.store.pages import Cut, UnknownCursor
 
 _ATTEMPTS: Final = 20
+# They run one after the other; each is read by whoever looks for work.
+_MOST_OPEN: Final = 100
+_RETRY_AFTER_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,9 @@ class BatchDesk:
         self._look = look
 
     async def create(self, tenant: Tenant, order: Order) -> Batch:
-        """Raises `NotFound` for a file that is not the tenant's, and `InvalidRequest` for one that is no input."""
+        """Raises `NotFound` for a file that is not the tenant's, `InvalidRequest` for one that is no input, and
+        `RateLimited` for a tenant with too many batches.
+        """
         file = await self._files.file(tenant, order.input_file_id, "input_file_id")
         if file.purpose != INPUT_PURPOSE:
             message = f"{file.id} has the purpose `{file.purpose}`: the input of a batch is uploaded as `batch`."
@@ -57,9 +62,16 @@ class BatchDesk:
             metadata=order.metadata,
         )
         async with kept_in_redis():
+            await self._refuse_too_many(tenant, file.folder)
             await self._keeping.batches.add(batch)
         self._look()
         return batch
+
+    async def _refuse_too_many(self, tenant: Tenant, folder: str) -> None:
+        open_batches = sum(batch.tenant == tenant.name for batch in await self._keeping.batches.open(folder))
+        if open_batches >= _MOST_OPEN:
+            message = f"You have {open_batches} batches that have not ended. Please wait for one of them."
+            raise RateLimited(message, retry_after_s=_RETRY_AFTER_S)
 
     async def batch(self, tenant: Tenant, batch_id: str) -> Batch:
         """A tenant's own batch. Raises `NotFound`, also for one of somebody else."""

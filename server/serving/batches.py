@@ -93,6 +93,8 @@ class BatchRunner:
                 self._say(f"batches wait, because Redis does not answer: {error}")
             except (DiskFull, OSError) as error:
                 self._say(f"batches wait, because their folder cannot be used: {error}")
+            except Exception:
+                log.exception("batches wait")
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_INTERVAL_S):
                     await self._look_now.wait()
@@ -195,9 +197,13 @@ class BatchRunner:
     async def _sweep_now_and_then(self) -> None:
         """Remove files that are kept no longer, unless a batch still reads them."""
         while True:
-            with suppress(RedisUnavailable, OSError):
+            try:
                 await in_thread(self._keeping.bodies.sweep)
                 await self.sweep()
+            except (RedisUnavailable, DiskFull, OSError) as error:
+                log.debug("files could not be swept", reason=str(error))
+            except Exception:
+                log.exception("files could not be swept")
             await asyncio.sleep(_SWEEP_INTERVAL_S)
 
     async def sweep(self) -> None:

@@ -19,8 +19,13 @@ from server.serving.telling import told_body
 
 log = structlog.get_logger(__name__)
 
-# Nobody waits for a line: it may stand at the gate for long, and the batch's own window is what ends it.
-_PATIENCE: Final = (b"x-request-timeout", b"3600")
+# Nobody waits for a line: it may stand at the gate for long, and rather waits than loses a part of its answer. The
+# batch's own window is what ends it.
+_HEADERS: Final = (
+    (b"content-type", b"application/json"),
+    (b"x-request-timeout", b"3600"),
+    (b"x-degradation", b"none"),
+)
 _BAD_REQUEST: Final = 400
 _ELSEWHERE: Final = "The fallback server did not answer this line."
 _SOMETHING: Final = "Something went wrong on the server while it worked on this line."
@@ -83,9 +88,7 @@ class LineRunner:
             end_user=line.end_user,
             on_admitted=admitted,
         )
-        call = Call(
-            "POST", line.endpoint, headers=((b"content-type", b"application/json"), _PATIENCE), body=line.body
-        )  # fmt: skip
+        call = Call("POST", line.endpoint, headers=_HEADERS, body=line.body)
         with structlog.contextvars.bound_contextvars(request_id=line.request_id):
             try:
                 async with self._service.requests.open(opened):

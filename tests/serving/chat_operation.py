@@ -28,6 +28,7 @@ class ChatOperation:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     asked: list[str] = field(default_factory=list)
     classes: set[str] = field(default_factory=set)
+    headers: dict[bytes, bytes] = field(default_factory=dict)
     in_engine: int = 0
     most_in_engine: int = 0
     delay_s: float = 0.0
@@ -40,6 +41,7 @@ class ChatOperation:
         assert call.body is not None
         text = str(call.body["messages"][-1]["content"])
         self.asked.append(text)
+        self.headers = {name: value for name, value in call.headers if name in (b"x-degradation", b"x-request-timeout")}
         request = current_request()
         assert request is not None
         self.classes.add(request.tenant.traffic_class)

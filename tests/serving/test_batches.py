@@ -9,7 +9,15 @@ import pytest
 from redis.asyncio import Redis
 
 from server.policy.batches import LINES_WAITING, Batch
-from server.policy.refusals import Conflict, Draining, GenerationFailed, InvalidRequest, NotFound, Overloaded
+from server.policy.refusals import (
+    Conflict,
+    Draining,
+    GenerationFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RateLimited,
+)
 from server.policy.tenants import Tenant
 from server.serving.batch_desk import Order
 from tests.serving.batch_files import CHAT, jsonl, line
@@ -342,6 +350,20 @@ async def test_files_that_are_kept_no_longer_are_removed_but_not_from_under_a_ba
     assert replica.bodies.path(batch.input_file_id).exists()
     with pytest.raises(NotFound):
         await replica.batching.files.file(TENANT, unused)
+
+
+async def test_nobody_can_leave_any_number_of_batches_open(replica: Replica) -> None:
+    file_id = await replica.upload(jsonl([line("a")]))
+    for _ in range(100):
+        await replica.batching.batches.create(TENANT, Order(file_id, CHAT))
+    with pytest.raises(RateLimited, match="100 batches"):
+        await replica.batching.batches.create(TENANT, Order(file_id, CHAT))
+
+
+async def test_a_line_rather_waits_than_loses_a_part_of_its_answer(replica: Replica) -> None:
+    async with replica.running():
+        await replica.ended(await replica.submit([line("a")]))
+    assert replica.chat.headers == {b"x-degradation": b"none", b"x-request-timeout": b"3600"}
 
 
 async def test_a_batch_of_a_tenant_waits_for_the_one_before_it(replica: Replica) -> None:
