@@ -17,6 +17,7 @@ from server.policy.tenants import Tenant
 from server.serving.batch_plan import BadInput, InputLimits, Plan, scan
 from server.serving.batch_work import BatchWork, LineParts, Progress
 from server.serving.blocking import in_thread
+from server.serving.ending import end
 from server.store.answer_log import AnswerLog, Kind, LogPaths, opened, recover
 from server.store.batches import BatchRecords, StoredBatch
 from server.store.file_bodies import DiskFull, FileBodies
@@ -113,8 +114,7 @@ class BatchLife:
             pending = (index for index in plan.order if plan.custom_ids[index] not in self._progress.done)
             await work.run(plan, pending, self._halted)
         finally:
-            syncing.cancel()
-            await asyncio.wait({syncing})
+            await end([syncing])
 
     def _halted(self) -> bool:
         return self._lines.runner.draining or self._batch.status != "in_progress" or self._out_of_time()

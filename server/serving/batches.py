@@ -17,6 +17,7 @@ from server.serving.batch_life import BatchGone, BatchKeeping, BatchLife
 from server.serving.batch_plan import InputLimits
 from server.serving.batch_work import LineParts
 from server.serving.blocking import in_thread
+from server.serving.ending import end
 from server.store.answer_log import LogInUse
 from server.store.batches import LEASE_S
 from server.store.file_bodies import DiskFull
@@ -78,10 +79,8 @@ class BatchRunner:
         try:
             yield
         finally:
-            tasks += self._tasks.values()
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            await end(tasks)
+            await end(self._tasks.values())
 
     async def _run_all(self) -> None:
         while True:
@@ -156,23 +155,24 @@ class BatchRunner:
     @asynccontextmanager
     async def _leased(self, batch_id: str) -> AsyncIterator[None]:
         """Keep the lease while inside. Raises `LeaseLost` in there as soon as another replica could have it."""
-        inside = asyncio.current_task()
+        inside, lost = asyncio.current_task(), asyncio.Event()
         assert inside is not None
-        renewing = asyncio.create_task(self._renew(batch_id, inside))
+        renewing = asyncio.create_task(self._renew(batch_id, inside, lost))
         try:
             yield
         except asyncio.CancelledError:
-            if renewing.done() and not renewing.cancelled() and inside.uncancel() == 0:
-                raise LeaseLost(batch_id) from None
-            raise
+            if not lost.is_set():
+                raise
+            while inside.uncancel():
+                pass
+            raise LeaseLost(batch_id) from None
         finally:
-            renewing.cancel()
-            await asyncio.wait({renewing})
+            await end([renewing])
             with suppress(RedisUnavailable):
                 await self._keeping.batches.release(batch_id, self._who.replica)
 
-    async def _renew(self, batch_id: str, inside: asyncio.Task[None]) -> None:
-        """Returns, with `inside` cancelled, when the lease is lost."""
+    async def _renew(self, batch_id: str, inside: asyncio.Task[None], lost: asyncio.Event) -> None:
+        """Renew the lease; when it is lost, cancel `inside` until that ends."""
         renewed_s = time.monotonic()
         while time.monotonic() < renewed_s + LEASE_S - _RENEW_INTERVAL_S:
             await asyncio.sleep(_RENEW_INTERVAL_S)
@@ -183,7 +183,8 @@ class BatchRunner:
                 renewed_s = asked_s
             except RedisUnavailable as error:
                 log.warning("a lease could not be renewed", reason=str(error))
-        inside.cancel()
+        lost.set()
+        await end([inside])
 
     def _measure(self, open_batches: list[Batch]) -> None:
         pending = sum(
