@@ -93,8 +93,8 @@ def test_a_batch_is_answered_by_the_engine(start: Start) -> None:
 
 def test_each_line_is_answered_once_through_kills_at_random_moments(start: Start) -> None:
     seeds = random.Random(11)
-    lines, batch = 400, None
-    for _ in range(3):
+    lines, batch = 300, None
+    for _ in range(2):
         server = start()
         server.wait_until_ready()
         client = sdk(server)
