@@ -180,7 +180,8 @@ def _run_batch(model: str, lines: int, flags: Sequence[str]) -> float:
         answers = [json.loads(line)["response"]["body"] for line in target.read_text(encoding="utf-8").splitlines()]
     number, unit = _RATE.findall(done.stderr.decode(errors="replace"))[-1]
     lines_per_s = float(number) if unit == "req/s" else 1 / float(number)
-    return lines_per_s * sum(answer["usage"]["completion_tokens"] for answer in answers) / len(answers)
+    tokens: int = sum(answer["usage"]["completion_tokens"] for answer in answers)
+    return lines_per_s * tokens / len(answers)
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
