@@ -171,7 +171,7 @@ async def _plain_round(model: str) -> tuple[Round, int | None]:
         async with aiohttp.ClientSession(contender.url, timeout=_TIMEOUT) as session:
             done = await KillRound(contender, session).run()
         deadline_s = time.perf_counter() + _EXIT_TIMEOUT_S
-        while contender.process.poll() is None and time.perf_counter() < deadline_s:
+        while contender.process.poll() is None and time.perf_counter() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         return done, contender.process.poll()
 

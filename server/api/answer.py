@@ -136,6 +136,7 @@ class OwnedResponse(Response):
         body = told_body(reply.body, opened.edits) if opened.edits else reply.body
         headers = {**reply.headers, **opened.headers, "content-length": str(len(body))}
         self._sent = True
+        opened.leave_engine()
         await self._start(reply.status, reply.media_type, headers)
         self._client.finish()
         await self._send({"type": "http.response.body", "body": body})
@@ -162,6 +163,7 @@ class OwnedResponse(Response):
                     self._sent = flowing = True
                     await self._send_frames(b"".join(held), reply.media_type, opened)
                     held.clear()
+        opened.leave_engine()
         await self._send_frames(b"".join(held), reply.media_type, opened)
         self._client.finish()
         await self._end()

@@ -17,6 +17,7 @@ log = structlog.get_logger(__name__)
 
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps it
 _EXIT_TIMEOUT_S: Final = 5.0
+_INODE: Final = 4  # its column in /proc/PID/maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +76,15 @@ def pids_of(engine_core: Any) -> list[int]:
 
 
 def _shared_memory_of(pid: int) -> set[str]:
-    """The names under `/dev/shm` that a process has mapped."""
+    """The names under `/dev/shm` that a process has mapped.
+
+    By inode: a semaphore is made under another name than it has later, and the map shows the first.
+    """
     prefix = f"{_SHARED_MEMORY}/"
     try:
         maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
+        present = {entry.stat().st_ino: entry.name for entry in _SHARED_MEMORY.iterdir()}
     except OSError:  # it has just ended, or this is no Linux
         return set()
-    paths = (line.partition(prefix)[2] for line in maps.splitlines() if prefix in line)
-    return {path.removesuffix(" (deleted)") for path in paths if path and "/" not in path}
+    inodes = {int(line.split()[_INODE]) for line in maps.splitlines() if prefix in line}
+    return {present[inode] for inode in inodes if inode in present}

@@ -141,7 +141,9 @@ class LadderWatch:
             await asyncio.sleep(_INTERVAL_S)
 
     def _take_in_pressure(self) -> None:
-        self._ladder = step(self._ladder, self._sources.pressure(), self._clock(), self._rules)
+        # Without an engine nothing is known of the load, and nothing is saved by answering shorter.
+        pressure = 0.0 if self._sources.slot.down else self._sources.pressure()
+        self._ladder = step(self._ladder, pressure, self._clock(), self._rules)
         self._tell()
 
     async def pin(self, level: Level, reason: str, ttl_s: float, by: str) -> None:

@@ -167,13 +167,18 @@ class OpenRequest:
         self.woken = False
         return True
 
+    def leave_engine(self) -> None:
+        """Whatever happens to its engine from now on is nothing to this request."""
+        self.stack = None
+
     async def start_over(self) -> None:
         """Forget an attempt that failed: what it holds, what it counted, and what it was going to say."""
+        self.leave_engine()
         for running in tuple(self.running):
             await running.release()
         self.running.clear()
         self.settle()
-        self.stack, self.exposed, self.producing = None, False, False
+        self.exposed = self.producing = False
         self.prompt_tokens, self.edits, self.refusal = 0, NO_EDITS, None
         self.headers.clear()
 

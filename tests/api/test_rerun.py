@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING, cast
 
 import pytest
+from starlette.types import Message
 
 from server.api.answer import WireLimits
 from server.engine.calls import Call, Reply
@@ -252,3 +253,18 @@ async def test_a_failure_on_an_engine_that_lives_is_told_at_once() -> None:
 
     client = await Desk(fail, slot=Engines(fail).slot).answered(ScriptedClient())
     assert client.status == 500
+
+
+async def test_an_answer_that_is_on_its_way_out_does_not_care_about_its_engine() -> None:
+    engines = Engines(greeting)
+    desk = Desk(greeting, slot=engines.slot)
+    dead = engines.stack
+
+    def dies_at_the_head(message: Message) -> bool:
+        if message["type"] == "http.response.start":
+            engines.die()
+            desk.requests.wake_those_on(dead)
+        return False
+
+    client = await desk.answered(ScriptedClient(leaves_at=dies_at_the_head))
+    assert (client.status, client.text) == (200, '{"hello": 1}')

@@ -88,22 +88,6 @@ def test_the_operator_sets_the_level_and_clients_are_told(start_tiny: StartTiny)
     assert changes == [(0, 1), (1, 2), (2, 5), (5, 0)]
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (("set", "6", "--reason", "x"), "6"),
-        (("set", "1"), "--reason"),
-        (("set", "1", "--reason", "x", "--ttl", "soon"), "soon"),
-        (("set", "4", "--reason", "x"), "--fallback-url"),
-        (("set", "1", "--reason", " "), "reason"),
-    ],
-)
-def test_a_wrong_command_says_what_is_wrong(args: tuple[str, ...], words: str, server: RunningServer) -> None:
-    answered = tidegate_level(server, *args)
-    assert answered.returncode != 0
-    assert words in answered.stderr or "operator key" in answered.stderr
-
-
 def test_a_second_tidegate_answers_while_the_engine_is_down(start_tiny: StartTiny) -> None:
     small = start_tiny("--served-model-name", "small")
     server = start_tiny("--fallback-url", f"{small.url}/v1", "--fallback-model", "small")

@@ -140,6 +140,15 @@ async def test_a_dead_engine_is_level_four_at_once_where_there_is_a_fallback() -
     assert with_fallback.status()["because"] == "the engine is down"
 
 
+async def test_while_the_engine_is_down_the_pressure_leads_nowhere() -> None:
+    stack = FakeStack({})
+    world = World(slot_with(stack), pressure=9.0)
+    watch = world.watch()
+    stack.alive = False
+    await world.pass_time(watch, 60)
+    assert watch.level == Level.NORMAL
+
+
 async def test_the_status_tells_what_counts_and_why(world: World) -> None:
     watch = world.watch()
     await watch.pin(Level.ECONOMY, "a test", 60, "anna")

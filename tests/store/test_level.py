@@ -53,7 +53,8 @@ async def test_a_redis_that_is_gone_is_said() -> None:
     await client.aclose()
 
 
-async def test_a_change_reaches_four_replicas_within_a_second(redis: Redis, redis_url: str) -> None:
+@pytest.mark.usefixtures("redis")
+async def test_a_change_reaches_four_replicas_within_a_second(redis_url: str) -> None:
     clients: list[Client] = [connect(redis_url, timeout_s=1.0) for _ in range(REPLICAS)]
     slot = slot_with(FakeStack({}))
     watches = [
@@ -72,7 +73,7 @@ async def test_a_change_reaches_four_replicas_within_a_second(redis: Redis, redi
         started_s = time.monotonic()
         await change
         async with asyncio.timeout(1):
-            while any(watch.level == before for watch in watches):
+            while any(watch.level == before for watch in watches):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)  # the replicas poll, so does the test
         assert time.monotonic() - started_s < 1
     for task in running:
