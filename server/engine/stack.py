@@ -1,6 +1,7 @@
 """One engine with everything built on it: vLLM's `AsyncLLM` and OpenAI serving objects, replaceable as a whole."""
 
 import asyncio
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from server.engine.seams import SeamedEngine, Seams, open_renderer_seam
 from server.engine.start_failures import StartContext, StartFailure, explain
 from server.engine.steps import StepCounter, step_counter
 from server.policy.objectives import Unloaded
+from server.policy.refusals import Refusal
 from server.policy.reservations import Capacity
 from server.policy.restarts import Pulse
 
@@ -42,6 +44,10 @@ log = structlog.get_logger(__name__)
 Stage = Callable[[str], None]
 Result = TypeVar("Result")
 _QUEUED_PER_SEQUENCE: Final = 2
+_GENERATOR_LOGGERS: Final = tuple(
+    f"vllm.entrypoints.{module}.serving"
+    for module in ("openai.chat_completion", "openai.completion", "openai.responses", "anthropic")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +207,13 @@ def _configure_logging(args: Namespace, ours: Path) -> None:
     if not getattr(args, "log_config_file", None) and not (chosen and chosen.pylogging_config_file):
         args.log_config_file = str(ours)
     configure_logging_from_args(args)
+    for name in _GENERATOR_LOGGERS:
+        logging.getLogger(name).addFilter(_is_no_refusal)
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    """vLLM's generators log whatever is raised below them with a traceback; our refusals have a line of their own."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], Refusal)
 
 
 def _import_plugins(args: Namespace) -> None:

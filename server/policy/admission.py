@@ -25,6 +25,8 @@ _PREFILL_PACES: Final = 2.0
 _FAVOUR: Final = 2
 _USUAL_WEIGHT: Final = 0.05
 _LEAST_SHARE: Final = 0.1
+# Clients that name no cap get what the window leaves, and use little of it.
+_FIRST_ANSWER_TOKENS: Final = 256
 # Where the SLO is missed by this factor, asking again at once is pointless.
 _HOPELESS: Final = 3.0
 # The part of a deadline that the forecast may use up; it is a forecast.
@@ -153,6 +155,10 @@ class Admission:
         self._short_of_places |= needed > 0
         tokens = ahead.prompt_tokens + self.growth.expected * ahead.max_tokens
         tokens += min(reservation(ask, self.growth, self.capacity), room) - (room - self._promised())
+        if traffic_class == "critical":  # it need not wait for what it may drive out
+            victims = self.ledger.victims()
+            needed -= sum(held.sequences for held in victims)
+            tokens -= sum(held.reserved for held in victims)
         wait_s = max(place_wait_s(needed, limit, residence_s), place_wait_s(tokens, room, residence_s))
         wait_s /= self._usual.share_left_to(traffic_class)
         rate = self.rates.prefill_tokens_per_s(self.unloaded)
@@ -381,8 +387,8 @@ class Admission:
         """How long requests stay in the engine. Before the first one has left, what their length and the pace say."""
         known_s = self.rates.residence_s
         if not known_s:
-            pace_s = max(self.cap.itl_s, self.objectives.tpot(self.unloaded) / 2)
-            known_s = self.growth.expected * self._usual.max_tokens * pace_s
+            pace_s = self.cap.itl_s or (self.unloaded.tpot_s if self.unloaded else 0.0)
+            known_s = min(self.growth.expected * self._usual.max_tokens, _FIRST_ANSWER_TOKENS) * pace_s
         return max(known_s, self.ledger.mean_age_s(now_s))
 
     def _own_s(self, ask: Ask) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from math import ceil
 from typing import Final
 
 from server.policy.backlog import Ticket
@@ -143,8 +144,10 @@ def places(traffic_class: TrafficClass, limit: int, most: int, *, favoured: bool
     The limit is about speed and not about memory: who goes first may pass it by a little, and it falls for the others
     until the pace is right again.
     """
+    if traffic_class == "batch":
+        return max(1, int(_PLACES["batch"] * limit))
     share = _FAVOURED_PLACES if favoured and traffic_class == "default" else _PLACES[traffic_class]
-    return max(1, min(int(share * limit), most))
+    return min(ceil(share * limit), most)  # rounded up: two places are two places for people
 
 
 def kv_room(traffic_class: TrafficClass, capacity: Capacity, *, favoured: bool) -> int:

@@ -13,9 +13,9 @@ _ITL_WEIGHT: Final = 0.1
 # One stalled step says nothing about how many streams fit: it counts as this many objectives at most.
 _MOST_ITL: Final = 2.0
 # Shares of the objective: above the first the cap is lowered, below the second there is room for one more. A cap whose
-# mean lies at the objective itself would let half of the streams miss it; at 0.8 a few in a hundred do.
-_HIGH_WATER: Final = 0.8
-_LOW_WATER: Final = 0.7
+# mean lies at the objective itself would let half of the streams miss it; at 0.75 a few in a hundred do.
+_HIGH_WATER: Final = 0.75
+_LOW_WATER: Final = 0.65
 _DECREASE: Final = 0.8
 _FAR_BELOW: Final = 0.5  # of the objective: below it growth is multiplicative again
 _GROWTH: Final = 1.5

@@ -18,7 +18,7 @@ USUAL = Ask(100, 100)
 class Door:
     """A gate's decisions, with a clock that the test turns."""
 
-    def __init__(self, kv_tokens: int = 10_000, max_running: int = 8, ttft_slo_s: float = 5.0) -> None:
+    def __init__(self, kv_tokens: int = 10_000, max_running: int = 16, ttft_slo_s: float = 5.0) -> None:
         self.admission = Admission(Objectives({"default": ttft_slo_s, "critical": ttft_slo_s}, {"default": 0.1}))
         self.admission.open(Capacity(kv_tokens, 16, max_running), UNLOADED)
         self.now_s = 100.0
@@ -78,7 +78,7 @@ def test_classes_leave_room_for_the_classes_above() -> None:
         door.fill("a", "batch")
         door.fill("a", name)
         counts[name] = len(door.admission.ledger)
-    assert counts == {"critical": 8, "default": 7, "batch": 4}
+    assert counts == {"critical": 11, "default": 8, "batch": 4}
 
 
 def test_critical_requests_are_served_first_whenever_they_come() -> None:
@@ -92,7 +92,7 @@ def test_critical_requests_are_served_first_whenever_they_come() -> None:
 
 def test_a_tenant_with_nothing_running_may_use_the_room_kept_for_critical_ones() -> None:
     door = Door()
-    assert len(door.fill("heavy")) == 7
+    assert len(door.fill("heavy")) == 8
     light = door.ticket("light")
     assert [held.ticket for held in door.let_in()] == [light]
 
@@ -124,8 +124,9 @@ def test_the_wait_of_a_light_tenant_does_not_depend_on_a_heavy_ones_backlog() ->
     for backlog in (1, 40):
         door = Door(ttft_slo_s=500)
         door.fill("heavy")
-        door.ticket("other")
-        door.let_in()  # the last place, so that the light tenant has to wait too
+        for name in ("one", "two"):
+            door.ticket(name)
+        assert len(door.let_in()) == 2  # the last places, so that the light tenant has to wait too
         door.now_s += 3
         for _ in range(backlog):
             door.ticket("heavy")
@@ -143,7 +144,7 @@ def test_the_wait_of_a_heavy_tenant_grows_with_its_backlog() -> None:
     for _ in range(14):
         door.ticket("heavy")
     after_s = door.admission.forecast(Terms(), "heavy", Ask(100, 100), door.now_s)
-    assert after_s - before_s == pytest.approx(14 / 7 * 4)
+    assert after_s - before_s == pytest.approx(14 / 8 * 4)
 
 
 def test_a_request_that_would_wait_too_long_is_refused_on_arrival() -> None:
@@ -247,8 +248,7 @@ def test_more_sequences_than_may_run_at_once_run_alone() -> None:
 
 
 def test_a_critical_request_takes_the_place_of_the_newest_batch_work() -> None:
-    door = Door()
-    door.admission.cap = door.admission.cap.up_to(1)
+    door = Door(max_running=1)
     old = door.ticket("jobs", "batch")
     verdict = door.admission.next(door.now_s)
     assert isinstance(verdict, Admit)
@@ -369,3 +369,21 @@ def test_pressure_is_the_wait_in_units_of_the_objective() -> None:
     while isinstance(door.arrive(), Enqueue):
         pass
     assert 0.6 < door.admission.pressure(door.now_s) < 1.2
+
+
+def test_before_anything_has_ended_answers_without_a_cap_do_not_look_endless() -> None:
+    """A chat that names no cap gets the whole window, and a first crowd of them is not to be turned away for it."""
+    door = Door(kv_tokens=200_000, ttft_slo_s=5)
+    for _ in range(10):
+        door.ticket(ask=Ask(50, 8000))
+        door.let_in()
+    assert isinstance(door.arrive(ask=Ask(50, 8000)), Enqueue)
+
+
+def test_a_critical_request_is_not_refused_for_batch_work_that_it_may_drive_out() -> None:
+    door = Door(max_running=1, ttft_slo_s=1)
+    door.ticket("jobs", "batch")
+    door.let_in()
+    door.now_s += 50
+    assert isinstance(door.arrive("person"), Shed)
+    assert isinstance(door.arrive("vip", "critical"), Enqueue)
