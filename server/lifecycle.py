@@ -28,6 +28,7 @@ from server.serving.engine_slot import EngineSlot
 from server.serving.seat import Seat
 from server.settings import Settings
 from server.store.connection import BadRedisUrl
+from server.store.ending import ended
 from server.store.operator_key import OperatorKeyUnavailable, ensure_operator_key
 from server.store.tenants_file import TenantsFileError
 from server.telemetry import logs
@@ -125,7 +126,7 @@ class Process:
         try:
             yield
         finally:
-            await _ended(watching)
+            await ended({watching})
             await self._app.access.flush()
 
     async def _follow_keys(self) -> None:

@@ -27,6 +27,7 @@ ENV_PREFIX: Final = "TIDEGATE_"
 INTERACTIVE_CLASSES: Final = ("critical", "default")
 SETTINGS_FILE_ENV: Final = f"{ENV_PREFIX}SETTINGS"
 FALLBACK_API_KEY_ENV: Final = f"{ENV_PREFIX}FALLBACK_API_KEY"
+_SECRET: Final = frozenset({"api_key", "operator_key"})
 
 
 def _split(value: Any) -> Any:
@@ -453,7 +454,8 @@ def _sentence(error: ValidationError) -> str:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
     name = f"{field}{path}" if in_a_table else flag_name(str(field))
     # What stands in a field that does not exist may be a secret.
-    given = "" if problem["type"] == "extra_forbidden" else f" (given: {problem['input']!r})"
+    secret = problem["type"] == "extra_forbidden" or str(field) in _SECRET
+    given = "" if secret else f" (given: {problem['input']!r})"
     return f"Wrong value for {name}: {problem['msg']}{given}."
 
 

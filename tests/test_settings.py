@@ -123,6 +123,11 @@ def test_a_wrong_value_is_told_with_its_flag_and_the_value(field: str, value: An
     assert "\n" not in told
 
 
+def test_a_key_that_cannot_be_used_is_not_shown() -> None:
+    told = sentence({"operator_key": "too-short"})
+    assert told == "Wrong value for --operator-key: String should have at least 16 characters."
+
+
 def test_a_wrong_value_in_the_environment_is_told_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIDEGATE_ACCESS_LOG", "perhaps")
     assert sentence({}).startswith("Wrong value for --access-log: ")

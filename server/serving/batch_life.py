@@ -17,9 +17,9 @@ from server.policy.tenants import Tenant
 from server.serving.batch_plan import BadInput, InputLimits, Plan, scan
 from server.serving.batch_work import BatchWork, LineParts, Progress
 from server.serving.blocking import in_thread
-from server.serving.ending import end
 from server.store.answer_log import AnswerLog, Kind, LogPaths, opened, recover
 from server.store.batches import BatchRecords, StoredBatch
+from server.store.ending import ended
 from server.store.file_bodies import DiskFull, FileBodies
 from server.store.file_records import FileRecords, StoredFile
 from server.store.reaching import RedisUnavailable
@@ -27,6 +27,7 @@ from server.store.reaching import RedisUnavailable
 log = structlog.get_logger(__name__)
 
 _SYNC_INTERVAL_S: Final = 1.0
+_CLEANUP_S: Final = 0.5
 # As many as stand in the batch itself; the error file names them all.
 _ERRORS_SHOWN: Final = 100
 _OUTPUT_PURPOSE: Final = "batch_output"
@@ -114,7 +115,7 @@ class BatchLife:
             pending = (index for index in plan.order if plan.custom_ids[index] not in self._progress.done)
             await work.run(plan, pending, self._halted)
         finally:
-            await end([syncing])
+            await ended([syncing], _CLEANUP_S)
 
     def _halted(self) -> bool:
         return self._lines.runner.draining or self._batch.status != "in_progress" or self._out_of_time()
@@ -182,11 +183,11 @@ class BatchLife:
         """Show the files that hold something, then the state that says so."""
         output, error = await self._publish("output"), await self._publish("error")
 
-        def ended(batch: Batch) -> Batch:
+        def at_its_end(batch: Batch) -> Batch:
             batch = replace(self._with_progress(batch), output_file_id=output, error_file_id=error)
             return moved(batch, "cancelled" if batch.status == "cancelling" else status, self._keeping.clock())
 
-        await self._change(ended)
+        await self._change(at_its_end)
 
     async def _publish(self, kind: Kind) -> str | None:
         batch, now_s = self._batch, int(self._keeping.clock())

@@ -17,9 +17,9 @@ from server.serving.batch_life import BatchGone, BatchKeeping, BatchLife
 from server.serving.batch_plan import InputLimits
 from server.serving.batch_work import LineParts
 from server.serving.blocking import in_thread
-from server.serving.ending import end
 from server.store.answer_log import LogInUse
 from server.store.batches import LEASE_S
+from server.store.ending import ended
 from server.store.file_bodies import DiskFull
 from server.store.file_records import StoredFile
 from server.store.reaching import RedisUnavailable
@@ -33,6 +33,8 @@ _SWEPT_AT_ONCE: Final = 100
 # Each holds a plan of its input in memory: some 10 MB for 50,000 lines.
 _MOST_AT_ONCE: Final = 16
 _AFTER_TROUBLE_S: Final = 5.0
+# What a task may take to let go before it is told again.
+_CLEANUP_S: Final = 0.5
 
 # The tenant with a name, as it is now; None where there is none any more.
 TenantOf = Callable[[str], Awaitable[Tenant | None]]
@@ -79,8 +81,8 @@ class BatchRunner:
         try:
             yield
         finally:
-            await end(tasks)
-            await end(self._tasks.values())
+            await ended(tasks, _CLEANUP_S)
+            await ended(self._tasks.values(), _CLEANUP_S)
 
     async def _run_all(self) -> None:
         while True:
@@ -167,7 +169,7 @@ class BatchRunner:
                 pass
             raise LeaseLost(batch_id) from None
         finally:
-            await end([renewing])
+            await ended([renewing], _CLEANUP_S)
             with suppress(RedisUnavailable):
                 await self._keeping.batches.release(batch_id, self._who.replica)
 
@@ -184,7 +186,7 @@ class BatchRunner:
             except RedisUnavailable as error:
                 log.warning("a lease could not be renewed", reason=str(error))
         lost.set()
-        await end([inside])
+        await ended([inside], _CLEANUP_S)
 
     def _measure(self, open_batches: list[Batch]) -> None:
         pending = sum(

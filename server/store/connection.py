@@ -33,13 +33,19 @@ def connect(url: str, timeout_s: float = TIMEOUT_S) -> Client:
     """A client that connects on first use. It waits `timeout_s` for each step and never tries twice: the caller knows
     what to do without Redis. Raises `BadRedisUrl`.
 
-    RESP2, because with RESP3 the client leaves out the check that drops a connection whose server has restarted.
+    A connection says nothing about the client, which would cost two more round trips. It speaks RESP2, because with
+    RESP3 the client leaves out the check that drops a connection whose server has restarted.
     """
     scheme = urlsplit(url).scheme
     try:
         if scheme in _PLAIN_SCHEMES:
             return Redis.from_url(
-                url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=_no_retry(), protocol=2
+                url,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                retry=_no_retry(),
+                protocol=2,
+                driver_info=None,
             )
         if scheme in ("redis" + _SENTINEL, "rediss" + _SENTINEL):
             return _through_sentinel(urlsplit(url), timeout_s)
@@ -74,6 +80,7 @@ def _through_sentinel(url: SplitResult, timeout_s: float) -> Redis:
         socket_connect_timeout=timeout_s,
         retry=_no_retry(),
         protocol=2,
+        driver_info=None,
     )
     return master
 
@@ -88,6 +95,7 @@ def _to_cluster(url: SplitResult, timeout_s: float) -> RedisCluster:
         socket_connect_timeout=timeout_s,
         retry=_no_retry(),
         protocol=2,
+        driver_info=None,
     )
 
 

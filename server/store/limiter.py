@@ -17,6 +17,7 @@ import structlog
 
 from server.policy.limits import Cost, Moments, Refused, Scope
 from server.store.connection import FAILURES, TIMEOUT_S
+from server.store.ending import ended
 from server.store.limit_script import Answer, LimitScript, leases_key
 from server.store.local_limits import LocalLimits
 from server.store.usage import UsageEntry
@@ -35,7 +36,8 @@ _ALIVE_INTERVAL_S: Final = 1.0
 _ALIVE_TTL_US: Final = 15_000_000
 _HEARTBEAT_S: Final = 20.0
 _SETTLES_KEPT: Final = 50_000
-_SETTLES_AT_ONCE: Final = 16
+# Each needs a connection, and many that are opened at the same moment hold up one another.
+_AT_ONCE: Final = 8
 _LAST_SETTLES_S: Final = 1.0
 
 
@@ -98,7 +100,8 @@ class Limiter:
         self._pending: deque[_Settle] = deque(maxlen=_SETTLES_KEPT)
         self._settling: dict[str, set[asyncio.Task[None]]] = {}
         self._abandoned: set[asyncio.Task[Answer]] = set()
-        self._room = asyncio.Semaphore(_SETTLES_AT_ONCE)
+        self._charging = asyncio.Semaphore(_AT_ONCE)
+        self._telling = asyncio.Semaphore(_AT_ONCE)
         self._lost = asyncio.Event()
 
     @property
@@ -149,9 +152,7 @@ class Limiter:
         try:
             yield
         finally:
-            for task in tending:
-                task.cancel()
-            await asyncio.wait(tending)
+            await ended(tending)
             open_settles = {task for tasks in self._settling.values() for task in tasks}
             if open_settles:
                 await asyncio.wait(open_settles, timeout=_LAST_SETTLES_S)
@@ -162,7 +163,7 @@ class Limiter:
     async def _in_redis(self, charge: Charge) -> Granted | Denied | None:
         """Redis's verdict, or None where it has none to give in time."""
         await self._behind_settles(charge.scopes)
-        asking = asyncio.create_task(self._script.charge(charge.scopes, charge.cost, charge.lease))
+        asking = asyncio.create_task(self._ask(charge))
         try:
             await self._wait_for(asking)
         except asyncio.CancelledError:
@@ -176,13 +177,17 @@ class Limiter:
         except FAILURES as error:
             self._failed(error)
             return None
-        self._failures = 0
+        self._answered()
         ahead_us = clock_us() - answer.now_us
         for scope, moments in zip(charge.scopes, answer.moments, strict=True):
             self._local.learn(scope, moments, ahead_us)
         if answer.refused is not None:
             return Denied(charge.scopes, answer.refused, answer.now_us, answer.moments)
         return Granted(charge, answer.now_us, answer.moments)
+
+    async def _ask(self, charge: Charge) -> Answer:
+        async with self._charging:
+            return await self._script.charge(charge.scopes, charge.cost, charge.lease)
 
     async def _wait_for(self, asking: "asyncio.Task[Answer]") -> None:
         """Wait a little; then to the end, if that is not more than the failures that are still allowed."""
@@ -248,7 +253,7 @@ class Limiter:
 
     async def _settle(self, settle: _Settle) -> None:
         try:
-            async with self._room:
+            async with self._telling:
                 await self._script.settle(settle.scopes, settle.change, settle.lease, settle.usage)
         except FAILURES as error:
             self._pending.append(settle)
@@ -263,37 +268,33 @@ class Limiter:
                 "Redis does not answer; limits are kept in this process", error=str(error), replicas=self._replicas
             )
 
+    def _answered(self) -> None:
+        """Redis is there. If it was lost, it is told what was let in meanwhile, as far as it has not drained."""
+        lost, self._failures = self.mode == "local", 0
+        if not lost:
+            return
+        debts = self._local.debts(clock_us(), self._replicas)
+        log.info("Redis answers again", debts=len(debts), settles=len(self._pending))
+        for debt in debts:
+            self._tell(_Settle((debt.scope,), debt.cost))
+
     async def _tend(self) -> None:
         while True:
-            lost = self.mode == "local"
             self._lost.clear()
             try:
                 self._replicas = await self._script.alive(self._replica, _ALIVE_TTL_US)
             except FAILURES as error:
                 self._failed(error)
             else:
-                self._failures = 0
-                if lost:
-                    self._return()
-                self._tell_pending()
-            self._local.forget_drained(clock_us())
+                self._answered()
+                for _ in range(len(self._pending)):
+                    self._tell(self._pending.popleft())
             if self._failures:
                 await asyncio.sleep(_PROBE_INTERVAL_S)
             else:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_ALIVE_INTERVAL_S):
                         await self._lost.wait()
-
-    def _return(self) -> None:
-        """Redis is there again: it is told what was let in meanwhile, as far as it has not drained."""
-        debts = self._local.debts(clock_us(), self._replicas)
-        log.info("Redis answers again", debts=len(debts), settles=len(self._pending))
-        for debt in debts:
-            self._tell(_Settle((debt.scope,), debt.cost))
-
-    def _tell_pending(self) -> None:
-        for _ in range(len(self._pending)):
-            self._tell(self._pending.popleft())
 
     async def _keep_leases(self) -> None:
         while True:

@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
+
+from cachetools import LRUCache
 
 from server.policy.limits import (
     CONCURRENCY_WAIT_US,
@@ -19,6 +22,8 @@ from server.policy.limits import (
     wait,
 )
 from server.policy.tenants import Limits
+
+_SCOPES_KNOWN: Final = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +44,10 @@ class _Known:
 
 
 class LocalLimits:
-    """A bucket for each scope. Time is the caller's, in microseconds of any clock that only moves forward."""
+    """A bucket for each scope that was charged lately. Time is the caller's, in microseconds of a monotonic clock."""
 
     def __init__(self) -> None:
-        self._known: dict[str, _Known] = {}
-
-    def __len__(self) -> int:
-        return len(self._known)
+        self._known: LRUCache[str, _Known] = LRUCache(_SCOPES_KNOWN)
 
     def learn(self, scope: Scope, moments: Moments, ahead_us: int) -> None:
         """What Redis said of a scope; `ahead_us` is how far this process's clock is ahead of Redis's."""
@@ -101,12 +103,6 @@ class LocalLimits:
             found += _owed(known, now_us, replicas)
             self._known[key] = replace(known, told=known.moments)
         return found
-
-    def forget_drained(self, now_us: int) -> None:
-        """Drop the buckets that say nothing any more."""
-        drained = [key for key, known in self._known.items() if all(moment.us <= now_us for moment in known.moments)]
-        for key in drained:
-            del self._known[key]
 
     def _move(self, scope: Scope, moments: Moments) -> None:
         known = self._known.get(scope.key)

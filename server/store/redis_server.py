@@ -23,6 +23,7 @@ from redis.asyncio import Redis
 
 from server.store import die_with_parent
 from server.store.connection import FAILURES, connect
+from server.store.ending import ended
 
 log = structlog.get_logger(__name__)
 
@@ -73,8 +74,7 @@ class EmbeddedRedis:
         try:
             yield
         finally:
-            keeper.cancel()
-            await asyncio.wait({keeper})
+            await ended({keeper}, again_after_s=3 * _STOP_TIMEOUT_S)
 
     async def _keep(self) -> None:
         while True:
@@ -102,12 +102,12 @@ class EmbeddedRedis:
         """Start the server and stay until it ends. Raises `CannotStart` with what it said."""
         words = self._folder / "redis.log"
         self._process = await self._spawn(words, lock)
-        ended = asyncio.create_task(self._process.wait())
+        exited = asyncio.create_task(self._process.wait())
         try:
-            await self._wait_for_answer(ended)
-            await asyncio.shield(ended)
+            await self._wait_for_answer(exited)
+            await asyncio.shield(exited)
         finally:
-            await _stopped(self._process, ended)
+            await _stopped(self._process, exited)
         raise CannotStart(_why(words, self._process.returncode, self._folder))
 
     async def _spawn(self, words: Path, lock: int) -> asyncio.subprocess.Process:
@@ -130,9 +130,9 @@ class EmbeddedRedis:
             "--aof-load-truncated", "yes", "--save", "", "--databases", "1", "--loglevel", "warning",
         )  # fmt: skip
 
-    async def _wait_for_answer(self, ended: "asyncio.Task[int]") -> None:
+    async def _wait_for_answer(self, exited: "asyncio.Task[int]") -> None:
         async with _client(self.url) as client:
-            while not ended.done():
+            while not exited.done():
                 if await _answers(client):
                     self._is_up("started")
                     return
@@ -214,14 +214,14 @@ async def _answers(client: Redis) -> bool:
         return False
 
 
-async def _stopped(process: asyncio.subprocess.Process, ended: "asyncio.Task[int]") -> None:
+async def _stopped(process: asyncio.subprocess.Process, exited: "asyncio.Task[int]") -> None:
     """End the server if it runs: first asked, so that it writes what it holds, then killed."""
     ways: tuple[Callable[[], None], ...] = (process.terminate, process.kill)
     for way in ways:
-        if not ended.done():
+        if not exited.done():
             with contextlib.suppress(ProcessLookupError):
                 way()
-            await asyncio.wait({ended}, timeout=_STOP_TIMEOUT_S)
+            await asyncio.wait({exited}, timeout=_STOP_TIMEOUT_S)
 
 
 def _why(words: Path, code: int | None, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Who may call what, seen by clients of the real application with a real Redis."""
 
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from redis import Redis
 from server.api.routes import DEVELOPER_ROUTES, OPERATION_ROUTES
 from server.engine.calls import Call, Reply
 from server.policy.refusals import ModelNotFound
+from server.serving.requests import current_request
 from tests.api.running_application import OPERATOR_KEY, running
 from tests.serving.fake_stack import FakeStack, RecordingOperation
 from tests.telemetry.captured_logs import CapturedLogs, captured_logs
@@ -44,8 +46,11 @@ class House:
         found: dict[str, Any] = answer.json()
         return found
 
-    def ask(self, key: str, path: str = CHAT, body: dict[str, Any] | None = None, **headers: str) -> httpx.Response:
-        return self.client.post(path, json=body or {}, headers={**bearer(key), **headers})
+    def ask(self, key: str, path: str = CHAT, body: dict[str, Any] | None = None) -> httpx.Response:
+        return self.client.post(path, json=body or {}, headers=bearer(key))
+
+    def ask_for(self, end_user: str, key: str) -> httpx.Response:
+        return self.client.post(CHAT, json={}, headers={**bearer(key), "X-OpenWebUI-User-Id": end_user})
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -159,6 +164,22 @@ def test_a_body_that_names_no_model_means_the_default_one(home: House) -> None:
         assert "team/adapter" in answer.text
         assert "a-model" not in answer.text
     assert home.ask(home.tenant("other", models=["a-model"])).status_code == 200
+
+
+def test_a_request_runs_for_its_tenant_and_the_end_user_that_a_trusted_one_names(store_url: str) -> None:
+    async def for_whom(_: Call) -> Reply:
+        request = current_request()
+        assert request is not None
+        return Reply(json.dumps([request.tenant.name, request.end_user]).encode(), "application/json")
+
+    with running(FakeStack({("POST", CHAT): for_whom}), redis_url=store_url) as client:
+        there = House(client, RecordingOperation())
+        assert there.ask_for("u-1", "EMPTY").json() == ["anyone", None]
+        ui, team = there.tenant("ui", trusted=True), there.tenant("team")
+        assert there.ask_for("u-1", ui).json() == ["ui", "u-1"]
+        assert there.ask(ui).json() == ["ui", None]
+        assert there.ask_for("u-1", team).json() == ["team", None]
+        assert there.ask(OPERATOR_KEY).json() == ["operator", None]
 
 
 def test_what_the_engine_says_of_an_absent_model_names_no_others(store_url: str) -> None:

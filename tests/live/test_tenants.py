@@ -128,10 +128,11 @@ def test_the_operator_key_is_its_owners_alone_and_in_no_log(shared: RunningServe
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     key = keys(shared, folder, "create", "logged")
     assert say_hello(client(shared, key)) >= 1
+    wait_for(shared, '"tenant": "logged"')  # the access log follows the answer
     assert file.read_text().strip() not in shared.log
     assert key not in shared.log
     lines = [event for event in shared.log_events() if event.get("tenant") == "logged"]
-    assert any(event["event"] == "request" and event["status"] == 200 for event in lines)
+    assert [(event["event"], event["status"]) for event in lines] == [("request", 200)]
 
 
 def test_tenants_and_keys_outlive_a_restart_and_a_file_is_read_on_a_signal(
