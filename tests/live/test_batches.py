@@ -93,12 +93,12 @@ def test_a_batch_is_answered_by_the_engine(start: Start) -> None:
 
 def test_each_line_is_answered_once_through_kills_at_random_moments(start: Start) -> None:
     seeds = random.Random(11)
-    lines, batch = 300, None
+    lines, batch = 120, None
     for _ in range(2):
         server = start()
         server.wait_until_ready()
         client = sdk(server)
-        batch = client.batches.retrieve(batch.id) if batch is not None else submit(client, questions(lines, 24))
+        batch = client.batches.retrieve(batch.id) if batch is not None else submit(client, questions(lines, 16))
         time.sleep(seeds.uniform(1.0, 5.0))
         server.kill()
     server = start()
