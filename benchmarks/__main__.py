@@ -6,6 +6,7 @@ import sys
 import click
 
 from benchmarks import (
+    batch_gaps,
     cut_table,
     engine_kills,
     fit_overhead,
@@ -35,6 +36,7 @@ benchmarks.add_command(engine_kills.command)
 benchmarks.add_command(front_end.command)
 benchmarks.add_command(overload.command)
 benchmarks.add_command(limits.command)
+benchmarks.add_command(batch_gaps.command)
 
 
 if __name__ == "__main__":

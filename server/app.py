@@ -16,8 +16,10 @@ from starlette.types import ASGIApp
 from server.api import errors
 from server.api.answer import WireLimits
 from server.api.auth import Callers, OperatorKey, Operators
+from server.api.batches import batches_router
 from server.api.edge import Edge, EdgeLimits
 from server.api.errors import Dialect
+from server.api.files import files_router
 from server.api.level import level_router
 from server.api.middleware import Exchange
 from server.api.operators import operators_router
@@ -31,30 +33,44 @@ from server.policy.ladder import LadderRules, Level
 from server.policy.objectives import Objectives
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
 from server.serving.access import Access, OpenRule
+from server.serving.batch_life import BatchKeeping
+from server.serving.batch_plan import InputLimits
+from server.serving.batch_work import LineParts
+from server.serving.batches import BatchRunner, Runners
+from server.serving.batching import Batching
 from server.serving.charging import Charging, Pricing
 from server.serving.declared_tenants import DeclaredTenants
 from server.serving.degradation import Degradation, DegradationRules
 from server.serving.engine_slot import EngineSlot
 from server.serving.fallback import Fallback, Upstream
+from server.serving.file_desk import FileRules
 from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.ladder import LadderSources, LadderWatch
+from server.serving.line_runner import LineRunner
 from server.serving.queue import Gate
 from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Guards, Service
+from server.serving.several import OneByOne
 from server.serving.tenant_desk import TenantDesk
 from server.serving.usage import UsageDesk
 from server.settings import Settings
+from server.store.batches import BatchRecords
+from server.store.file_bodies import FileBodies
+from server.store.file_records import FileRecords
 from server.store.home import Store
 from server.store.level import RedisPins
 from server.store.tenants import TenantRecords
 from server.telemetry import metrics
 from server.telemetry.admission import AdmissionMetrics
+from server.telemetry.batches import BatchMetrics
 from server.telemetry.metrics import Metrics
 from server.telemetry.resilience import ResilienceMetrics
 
 _MIB: Final = 1 << 20
+_DAY_S: Final = 24 * 3600
+_BATCH_FOLDER: Final = "batches"
 _ANTHROPIC_PREFIX: Final = "/v1/messages"
 _HTTP_REFUSALS: Final[Mapping[int, type[Refusal]]] = {
     HTTPStatus.NOT_FOUND: NotFound,
@@ -73,6 +89,7 @@ class Application:
     gate: Gate
     store: Store
     access: Access
+    batches: BatchRunner
     ladder: LadderWatch
     fallback: Fallback
     resilience: ResilienceMetrics
@@ -105,7 +122,9 @@ def build_application(
     sources = LadderSources(lambda: gate.pressure, slot, bool(fallback))
     ladder = LadderWatch(_ladder_rules(settings), sources, RedisPins(store.patient_client), witness)
     degradation = Degradation(ladder, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness)
-    guards = Guards(gate, charging, Recovery(witness), degradation, fallback, settings.restart_wait_s)
+    guards = Guards(
+        gate, charging, Recovery(witness), degradation, fallback, settings.restart_wait_s, OneByOne(_described)
+    )
     service = Service(slot, requests, rules, fitter, guards)
     docs = settings.docs
     api = DocumentedApi(
@@ -124,6 +143,10 @@ def build_application(
     api.include_router(operators_router(doors.desk, doors.operators))
     api.include_router(level_router(ladder, doors.operators))
     api.include_router(usage_router(UsageDesk(store.usage), doors.desk, doors.callers, doors.operators))
+    batching = _batching(settings, store, service, doors.access, ladder, BatchMetrics(registry))
+    if settings.batches:
+        api.include_router(files_router(batching.files, doors.callers))
+        api.include_router(batches_router(batching.batches, doors.callers))
     api.add_exception_handler(HTTPException, _on_http_exception)
     api.add_exception_handler(Refusal, on_refusal)
     api.add_exception_handler(Exception, _on_error)
@@ -137,9 +160,30 @@ def build_application(
             allow_credentials=settings.allow_credentials,
         )
     return Application(
-        asgi, slot, requests, Generation(fitter, gate, charging), gate, store, doors.access,
+        asgi, slot, requests, Generation(fitter, gate, charging), gate, store, doors.access, batching.runner,
         ladder, fallback, witness,
     )  # fmt: skip
+
+
+def _batching(
+    settings: Settings, store: Store, service: Service, access: Access, ladder: LadderWatch, figures: BatchMetrics
+) -> Batching:
+    folder = settings.batch_folder or settings.data_path / _BATCH_FOLDER
+    kept_s = int(settings.batch_files_kept_days * _DAY_S)
+    client = store.patient_client
+    keeping = BatchKeeping(BatchRecords(client), FileRecords(client), FileBodies(folder), kept_s, time.time)
+    return Batching(
+        keeping,
+        FileRules(int(settings.batch_max_file_mib * _MIB), int(settings.batch_quota_mib * _MIB), kept_s),
+        LineParts(LineRunner(service), _described, lambda: ladder.level >= Level.ESSENTIAL, figures),
+        InputLimits(settings.batch_max_lines, int(settings.max_body_mib * _MIB)),
+        Runners(store.replica, access.named, runs=settings.batches),
+    )
+
+
+def _described(refusal: Refusal) -> tuple[int, dict[str, Any]]:
+    """A refusal as it stands in the error file of a batch, or in the place of one answer among several."""
+    return errors.status(refusal), errors.body(refusal, "openai")
 
 
 def _ladder_rules(settings: Settings) -> LadderRules:

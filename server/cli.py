@@ -10,6 +10,7 @@ import click
 from pydantic import BaseModel
 
 from server import __version__
+from server.commands.batch import batch
 from server.commands.keys import keys
 from server.commands.level import level
 from server.settings import (
@@ -142,6 +143,7 @@ cli.add_command(
 
 
 cli.add_command(keys)
+cli.add_command(batch)
 cli.add_command(level)
 
 

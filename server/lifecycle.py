@@ -111,7 +111,7 @@ class Process:
         http = _HttpServer(self._http_config())
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         try:
-            async with self._app.store.running(), self._keys_followed():
+            async with self._app.store.running(), self._keys_followed(), self._app.batches.running():
                 code = await self._live()
         finally:
             http.should_exit = True

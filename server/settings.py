@@ -203,6 +203,21 @@ class Store(BaseModel):
     )  # fmt: skip
 
 
+class Batches(BaseModel):
+    """Batches"""
+
+    batches: bool = Field(True, description="Serve /v1/files and /v1/batches, and run batches in the gaps.")
+    batch_folder: Path | None = Field(
+        None, description="Folder for files, shared by replicas that share one Redis. Unset: in the data folder."
+    )
+    batch_max_lines: int = Field(50_000, ge=1, description="Most requests in one batch.")
+    batch_max_file_mib: float = Field(512, gt=0, description="Largest uploaded file in MiB.")
+    batch_quota_mib: float = Field(
+        10_240, ge=0, description="What one tenant's files may take together, in MiB; 0 for any."
+    )
+    batch_files_kept_days: float = Field(30, gt=0, description="Days that files are kept, unless a client says fewer.")
+
+
 class Resilience(BaseModel):
     """Engine restarts"""
 
@@ -296,7 +311,9 @@ class Logs(BaseModel):
     )
 
 
-class Settings(Listen, Access, Requests, Overload, Context, Store, Resilience, Degradation, Logs, BaseSettings):
+class Settings(
+    Listen, Access, Requests, Overload, Context, Store, Batches, Resilience, Degradation, Logs, BaseSettings
+):
     """The whole tree, frozen. Only the composition (`server/app.py`) sees it; rooms get their own small parts."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
@@ -351,6 +368,7 @@ SECTIONS: Final[tuple[type[BaseModel], ...]] = (
     Overload,
     Context,
     Store,
+    Batches,
     Resilience,
     Degradation,
     Logs,
@@ -436,8 +454,13 @@ def _sentence(error: ValidationError) -> str:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
     name = f"{field}{path}" if in_a_table else flag_name(str(field))
     # What stands in a field that does not exist may be a secret.
+<<<<<<< HEAD
     hidden = field in _SECRET or problem["type"] == "extra_forbidden"
     given = "" if hidden else f" (given: {problem['input']!r})"
+=======
+    secret = problem["type"] == "extra_forbidden" or str(field) in _SECRET
+    given = "" if secret else f" (given: {problem['input']!r})"
+>>>>>>> batches
     return f"Wrong value for {name}: {problem['msg']}{given}."
 
 

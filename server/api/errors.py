@@ -47,6 +47,7 @@ _TABLE: Final[Mapping[type[Refusal], Wire]] = {
     refusals.Overloaded: Wire(503, "server_error", "server_overloaded", "overloaded_error"),
     refusals.NotReady: Wire(503, "server_error", "engine_not_ready", "overloaded_error"),
     refusals.Draining: Wire(503, "server_error", "server_draining", "overloaded_error"),
+    refusals.StorageFull: Wire(507, "server_error", "storage_full", "api_error"),
     refusals.GenerationFailed: Wire(500, "server_error", "internal_error", "api_error"),
     refusals.EngineLost: Wire(503, "server_error", "engine_lost", "overloaded_error"),
     refusals.Quarantined: Wire(500, "server_error", "request_quarantined", "api_error"),

@@ -1,1 +1,1 @@
-"""Commands for the operator. They talk to a running server over HTTP."""
+"""Commands beside `serve`. They talk to a running server over HTTP."""

@@ -63,7 +63,7 @@ class NotFound(Refusal):
 
 
 class Conflict(Refusal):
-    """What the operator asks for does not go with what is there."""
+    """What is asked for does not go with what is there."""
 
 
 class MethodNotAllowed(Refusal):
@@ -116,3 +116,7 @@ class Closed(Refusal):
 
 class NotDegraded(Refusal):
     """The answer would have been degraded, and the client asked for none rather than that."""
+
+
+class StorageFull(Refusal):
+    """There is no room on disk, or none left of the caller's share of it."""

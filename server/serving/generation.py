@@ -65,6 +65,7 @@ class Generation:
         try:
             async with self._charging.charge(request, demand), self._gate.slot(request, demand) as slot:
                 while True:
+                    request.admitted()
                     running, begun = Running(outputs()), False
                     request.running.add(running)
                     request.exposed = request.exposed or not request.lost_its_engine

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -116,6 +116,7 @@ class OpenRequest:
     `stack` is what it runs on, `exposed` whether it has reached that stack's engine, `woken` that it was told of the
     engine's death by a cancellation, and `deaths` how many engines have died with it inside. `wish` is what the client
     thinks of a degraded answer, and `context_factor` the share of the context budget that its history may fill.
+    `on_admitted` is told when the engine takes it, once for each engine request.
     """
 
     request_id: str
@@ -146,6 +147,12 @@ class OpenRequest:
     deaths: int = 0
     wish: Wish = "auto"
     context_factor: float = 1.0
+    on_admitted: Callable[[], None] | None = None
+
+    def admitted(self) -> None:
+        """The engine takes one of its engine requests now."""
+        if self.on_admitted is not None:
+            self.on_admitted()
 
     @property
     def lost_its_engine(self) -> bool:
@@ -254,7 +261,7 @@ class OpenRequests:
         finally:
             _current.reset(token)
             request.letting_go = True
-            if request.running:
+            if request.running or request.account.open:
                 await _to_its_end(self._let_go(task, request))
             else:
                 self._forget(task)

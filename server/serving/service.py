@@ -22,7 +22,7 @@ from server.policy.bodies import (
     without_tools,
 )
 from server.policy.context import parse_truncation
-from server.policy.refusals import ModelNotFound, Overloaded, Unsupported
+from server.policy.refusals import InvalidRequest, ModelNotFound, Overloaded, Unsupported
 from server.policy.tenants import Tenant
 from server.policy.terms import TIMEOUT_HEADER, terms_of
 from server.serving.charging import Charging
@@ -33,6 +33,7 @@ from server.serving.fitting import HistoryFitter, described
 from server.serving.queue import Gate
 from server.serving.recovery import Recovery
 from server.serving.requests import DryRun, OpenRequest, OpenRequests
+from server.serving.several import OneByOne
 
 if TYPE_CHECKING:
     from server.engine.stack import Stack
@@ -80,7 +81,8 @@ class BodyRules:
 
 @dataclass(frozen=True, slots=True)
 class Guards:
-    """What stands around the engine. `restart_wait_s`: how long a request waits while a dead one is replaced."""
+    """What stands around the engine. `restart_wait_s`: how long a request waits while a dead one is replaced.
+    `one_by_one` answers calls of several prompts of which one is bad."""
 
     gate: Gate
     charging: Charging
@@ -88,6 +90,7 @@ class Guards:
     degradation: Degradation
     fallback: Fallback
     restart_wait_s: float
+    one_by_one: OneByOne
 
 
 class Service:
@@ -97,6 +100,7 @@ class Service:
         self, slot: EngineSlot, requests: OpenRequests, rules: BodyRules, fitter: HistoryFitter, guards: Guards
     ) -> None:
         self._charging = guards.charging
+        self._one_by_one = guards.one_by_one
         self.slot = slot
         self._gate = guards.gate
         self.requests = requests
@@ -163,10 +167,13 @@ class Service:
         if call.method == "POST" and call.route not in _FREE_ROUTES:
             request.model_name = request.model or stack.model_names[0]
             self._charging.check(request)
+        ruled = replace(call, body=body, headers=self._headers(call, request))
         try:
-            reply = await operation(replace(call, body=body, headers=self._headers(call, request)))
+            reply = await operation(ruled)
         except ModelNotFound as absent:
             raise _told_to(request.tenant, request.model, absent) from absent
+        except InvalidRequest as refusal:
+            reply = await self._one_by_one.answer(operation, ruled, refusal, request)
         return _own_models(reply, request.tenant) if call.route == MODELS_ROUTE else reply
 
     async def engine_for(self, call: Call, request: OpenRequest) -> None:

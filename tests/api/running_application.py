@@ -49,7 +49,8 @@ def _served(application: Application) -> Iterator[str]:
 
     async def serve(listener: socket.socket) -> None:
         watching = asyncio.create_task(application.access.watch(lambda _: None))
-        await server.serve([listener])
+        async with application.batches.running():
+            await server.serve([listener])
         watching.cancel()
         await asyncio.wait({watching})
         await application.store.client.aclose()

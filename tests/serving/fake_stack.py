@@ -26,6 +26,7 @@ from server.serving.queue import Gate
 from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Guards, Service
+from server.serving.several import OneByOne
 from server.store.connection import connect
 from server.store.limit_script import LimitScript
 from server.store.limiter import Limiter
@@ -119,7 +120,15 @@ def new_guards(
     ladder = LadderWatch(rules or LadderRules(), sources, pins or LocalPins(), metrics)
     degradation = Degradation(ladder, DegradationRules(512, canned_reply), metrics)
     fallback = Fallback(upstreams, metrics, lambda: 0.5)
-    return Guards(gate or new_gate(), new_charging(), Recovery(metrics), degradation, fallback, restart_wait_s)
+    one_by_one = OneByOne(plainly_described)
+    return Guards(
+        gate or new_gate(), new_charging(), Recovery(metrics), degradation, fallback, restart_wait_s, one_by_one
+    )
+
+
+def plainly_described(refusal: Refusal) -> tuple[int, dict[str, Any]]:
+    """A refusal as the API would show it, nearly."""
+    return 400, {"error": {"message": refusal.message, "code": None}}
 
 
 @dataclass(slots=True)
