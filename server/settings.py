@@ -454,13 +454,8 @@ def _sentence(error: ValidationError) -> str:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
     name = f"{field}{path}" if in_a_table else flag_name(str(field))
     # What stands in a field that does not exist may be a secret.
-<<<<<<< HEAD
     hidden = field in _SECRET or problem["type"] == "extra_forbidden"
     given = "" if hidden else f" (given: {problem['input']!r})"
-=======
-    secret = problem["type"] == "extra_forbidden" or str(field) in _SECRET
-    given = "" if secret else f" (given: {problem['input']!r})"
->>>>>>> batches
     return f"Wrong value for {name}: {problem['msg']}{given}."
 
 
