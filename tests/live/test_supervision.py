@@ -225,7 +225,7 @@ def test_many_deaths_leave_memory_files_and_processes_flat(start_tiny: StartTiny
         answer(server)
         figures.append((me.memory_info().rss >> 20, me.num_fds(), me.num_threads(), len(server.children())))
     first, last = figures[0], figures[-1]
-    assert last[0] - first[0] < 60, figures
+    assert last[0] - first[0] < 25, figures
     assert last[1:] == first[1:], figures
     page = httpx.get(f"{server.url}/metrics").text
     declared = [line for line in page.splitlines() if line.startswith("# TYPE ")]
