@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,7 +121,8 @@ def test_the_command_line_brings_its_own_engine(tmp_path: Path, tiny_tools_model
         sys.executable, "-m", "server", "batch", "run", str(data), "-o", str(tmp_path / "out.jsonl"), "--local",
         "--max-tokens", "6", str(tiny_tools_model), "--max-model-len", "1024",
     ]  # fmt: skip
-    environment = {**os.environ, **TEST_ENVIRONMENT, "XDG_DATA_HOME": str(tmp_path / "home")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    with tempfile.TemporaryDirectory(prefix="home-") as home:  # the socket in it takes no long path
+        environment = {**os.environ, **TEST_ENVIRONMENT, "XDG_DATA_HOME": home}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(records((tmp_path / "out.jsonl").read_bytes())) == 8
