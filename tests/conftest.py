@@ -1,11 +1,10 @@
 """Fixtures that many tests share: one running engine for the whole session, and the models they serve."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
+import structlog.testing
 from openai import OpenAI
 
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
@@ -14,9 +13,9 @@ from tests.models.tiny_llama import make_tiny_llama
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _logs_go_to_stderr() -> None:
+def _servers_in_this_process_are_quiet() -> None:
     """The lines of a server in the same process are no part of what a command prints."""
-    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.__stderr__))
+    structlog.configure(logger_factory=structlog.testing.ReturnLoggerFactory())
 
 
 @pytest.fixture(scope="session")
