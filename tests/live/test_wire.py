@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -149,7 +150,7 @@ def test_a_client_that_leaves_before_its_whole_answer_frees_the_engine(server: R
 
 def test_a_storm_of_disconnects_leaves_nothing_behind(server: RunningServer) -> None:
     def leave_early(patience_s: float) -> None:
-        with pytest.raises(httpx.TimeoutException):
+        with suppress(httpx.TimeoutException):  # or it is refused before its patience ends
             httpx.post(f"{server.url}/v1/completions", json={"prompt": "x " * 500, **_LONG_TEXT}, timeout=patience_s)
 
     threads = [threading.Thread(target=leave_early, args=(0.02 * i + 0.01,)) for i in range(24)]
