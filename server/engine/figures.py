@@ -22,7 +22,7 @@ from server.policy.reservations import Capacity
 _PROBE_PROMPT_TOKENS: Final = 256
 _PROBE_TOKENS: Final = 8
 _WARM_UP_TOKENS: Final = 2
-_PROBE_TIMEOUT_S: Final = 1.0
+_PROBE_TIMEOUT_S: Final = 2.0
 _FIRST_PROBE_TOKEN: Final = 100
 
 
@@ -102,7 +102,7 @@ def capacity_of(config: VllmConfig) -> Capacity:
 
 
 async def measure_unloaded(engine: AsyncLLM) -> Unloaded | None:
-    """Generate a few tokens, and time them; None where that takes more than about a second or is not possible.
+    """Generate a few tokens, and time them; None where that takes more than two seconds or is not possible.
 
     A first request, which is always slow, goes before. The requests do not pass our seam.
     """

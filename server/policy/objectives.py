@@ -11,10 +11,13 @@ InteractiveClass = Literal["critical", "default"]
 # Unset objectives are these multiples of what an unloaded engine does.
 _TTFT_FACTOR: Final = 5.0
 _TPOT_FACTOR: Final = 2.0
-# But not below what a person notices: refusing somebody who would have waited a second helps nobody, and twenty tokens
-# a second are faster than anyone reads.
-_LEAST_TTFT_S: Final = 5.0
-_LEAST_TPOT_S: Final = 0.05
+# But not below what a person takes: chat UIs do not ask again, so waiting beats a refusal, and ten tokens a second are
+# faster than most people read.
+_LEAST_TTFT_S: Final = 30.0
+_LEAST_TPOT_S: Final = 0.1
+# An engine that was too slow to be measured at the start is a slow one.
+_UNKNOWN_TTFT_S: Final = 60.0
+_UNKNOWN_TPOT_S: Final = 0.5
 # Batch work fills gaps. Ten minutes are the timeout of OpenAI's clients for their `flex` tier.
 _BATCH_TTFT_S: Final = 600.0
 
@@ -42,10 +45,10 @@ class Objectives:
             return chosen
         if traffic_class == "batch":
             return _BATCH_TTFT_S
-        return max(_LEAST_TTFT_S, _TTFT_FACTOR * unloaded.ttft_s if unloaded else 0.0)
+        return max(_LEAST_TTFT_S, _TTFT_FACTOR * unloaded.ttft_s) if unloaded else _UNKNOWN_TTFT_S
 
     def tpot(self, unloaded: Unloaded | None) -> float:
         """Seconds per token that every stream should see: the strictest of the classes that have an objective."""
         if self.tpot_s:
             return min(self.tpot_s.values())
-        return max(_LEAST_TPOT_S, _TPOT_FACTOR * unloaded.tpot_s if unloaded else 0.0)
+        return max(_LEAST_TPOT_S, _TPOT_FACTOR * unloaded.tpot_s) if unloaded else _UNKNOWN_TPOT_S
