@@ -15,6 +15,7 @@ from server.policy.reservations import Ask, Capacity, Growth, reservation
 from server.policy.running_cap import RunningCap
 from server.policy.tenants import TrafficClass
 from server.policy.terms import DEFAULT_TERMS, TRAFFIC_CLASSES, Terms
+from server.policy.verdicts import Admit, Consumed, Enqueue, Shed
 
 # The backlog stays with us, where it has an order: in the engine's own queue stand at most this many, or an eighth of
 # what may run if that is more.
@@ -33,41 +34,6 @@ _HOPELESS: Final = 3.0
 _DEADLINE_SHARE: Final = 0.8
 # A prompt that needs long by itself may take twice its own time, whatever the objective is.
 _OWN_FACTOR: Final = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Enqueue:
-    """It waits, with so many requests before it."""
-
-    ticket: Ticket
-    position: int
-    wait_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Admit:
-    """It may go to the engine now."""
-
-    held: Held
-
-
-@dataclass(frozen=True, slots=True)
-class Shed:
-    """It is not served: the first token would come after `wait_s`, and the deadline is `patience_s`."""
-
-    wait_s: float
-    patience_s: float
-    hopeless: bool
-    ticket: Ticket | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Consumed:
-    """What the engine did for a request, in tokens. `finished`: it came to its own end."""
-
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    finished: bool = False
 
 
 @dataclass(slots=True)

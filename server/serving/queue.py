@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from server.policy.admission import Admission, Consumed, Shed
+from server.policy.admission import Admission
 from server.policy.backlog import Ticket
 from server.policy.forecast import Step, retry_after_s
 from server.policy.ledger import Held
@@ -24,6 +24,7 @@ from server.policy.objectives import Unloaded
 from server.policy.refusals import InvalidRequest, Overloaded
 from server.policy.reservations import Ask, Capacity, exceeds_cache
 from server.policy.terms import Terms
+from server.policy.verdicts import Consumed, Shed
 from server.serving.requests import OpenRequest
 from server.telemetry.admission import AdmissionMetrics
 

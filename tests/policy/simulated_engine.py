@@ -5,12 +5,13 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from server.policy.admission import Admission, Admit, Consumed, Enqueue, Shed
+from server.policy.admission import Admission
 from server.policy.forecast import Step
 from server.policy.ledger import Held
 from server.policy.reservations import Ask
 from server.policy.tenants import TrafficClass
 from server.policy.terms import Terms
+from server.policy.verdicts import Admit, Consumed, Enqueue, Shed
 
 _STEP_S = 0.025
 _PER_STREAM_S = 0.0015

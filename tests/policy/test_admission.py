@@ -1,6 +1,6 @@
 import pytest
 
-from server.policy.admission import Admission, Admit, Consumed, Enqueue, Shed
+from server.policy.admission import Admission
 from server.policy.backlog import Ticket
 from server.policy.forecast import Step
 from server.policy.ledger import Held
@@ -9,6 +9,7 @@ from server.policy.reservations import Ask, Capacity
 from server.policy.running_cap import RunningCap
 from server.policy.tenants import TrafficClass
 from server.policy.terms import Terms
+from server.policy.verdicts import Admit, Consumed, Enqueue, Shed
 
 UNLOADED = Unloaded(ttft_s=0.1, tpot_s=0.03, prefill_tokens_per_s=1000)
 DONE = Consumed(50, 0, finished=True)

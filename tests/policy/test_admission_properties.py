@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.policy.admission import Admission, Admit, Consumed, Enqueue, Shed
+from server.policy.admission import Admission
 from server.policy.backlog import Ticket
 from server.policy.forecast import Step
 from server.policy.ledger import Held
@@ -13,6 +13,7 @@ from server.policy.objectives import Objectives, Unloaded
 from server.policy.reservations import Ask, Capacity
 from server.policy.tenants import TrafficClass
 from server.policy.terms import TRAFFIC_CLASSES, Terms
+from server.policy.verdicts import Admit, Consumed, Enqueue, Shed
 
 asks = st.builds(Ask, st.integers(0, 3000), st.integers(0, 3000), st.integers(1, 6))
 names = st.sampled_from(TRAFFIC_CLASSES)
