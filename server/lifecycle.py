@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import AsyncIterator, Coroutine, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Never
 
 import psutil
 import structlog
@@ -74,10 +74,8 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
             _say_why(str(error))
             return 1
         code = runner.run(process.run(listener))
-        if process.loading_abandoned:  # its thread cannot be interrupted, and leaving the block would wait for it
-            shutil.rmtree(scratch)
-            sys.stderr.flush()
-            os._exit(code)
+        if process.loading_abandoned:
+            _leave_behind_the_loading(scratch, code)
     return code
 
 
@@ -356,6 +354,17 @@ async def _first(*waits: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
         for wait, task in zip(waits, tasks, strict=True):
             if wait is not task:
                 task.cancel()
+
+
+def _leave_behind_the_loading(scratch: str, code: int) -> Never:
+    """End now: the thread that loads cannot be interrupted, and Python would wait for it.
+
+    Until the last moment it may write files and start processes, so both are cleared away here once more.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
+    _end_children(spared=None)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _end_children(spared: int | None) -> None:
