@@ -114,7 +114,7 @@ class Admission:
         traffic_class = terms.traffic_class
         ahead = self.backlog.ahead_of(traffic_class, tenant, terms.priority)
         favoured = self._is_favoured(traffic_class, tenant)
-        limit = places(traffic_class, self.cap.limit, self.capacity.max_running, favoured=favoured)
+        limit = places(traffic_class, self.cap.soon, self.capacity.max_running, favoured=favoured)
         room = kv_room(traffic_class, self.capacity, favoured=favoured)
         residence_s = self._residence_s(now_s)
         needed = ahead.sequences + min(ask.sequences, limit) - (limit - self.ledger.sequences)

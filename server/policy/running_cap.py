@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 _FIRST_CAP: Final = 8
+# While it still grows by itself, this many times the limit will soon be allowed.
+_HOPE: Final = 4
 _ITL_WEIGHT: Final = 0.1
 # One stalled step says nothing about how many streams fit: it counts as this many objectives at most.
 _MOST_ITL: Final = 2.0
@@ -40,6 +42,11 @@ class RunningCap:
     def up_to(cls, most: int) -> "RunningCap":
         """For an engine that runs `most` at a time."""
         return cls(limit=max(1, min(_FIRST_CAP, most)), most=max(1, most))
+
+    @property
+    def soon(self) -> int:
+        """What is to be expected within seconds, if the pace allows it."""
+        return min(_HOPE * self.limit, self.most) if self.starting else self.limit
 
     def stepped(self, itl_s: float | None, running: int, tpot_slo_s: float, *, wanted: bool) -> "RunningCap":
         """After one engine step whose streams waited `itl_s` for their tokens (None: it had no stream).

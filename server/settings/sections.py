@@ -120,12 +120,12 @@ class Overload(BaseModel):
 
     ttft_slo_s: ByClass = Field(
         None, description="Seconds to the first token, waiting included: a number, or critical=2,default=5,batch=600. "
-        "Unset: 5 times the unloaded figure, at least 30.",
+        "Unset: 5 times the unloaded figure, at least 10.",
         json_schema_extra={"flag": "--ttft-slo"},
     )  # fmt: skip
     tpot_slo_s: ByInteractiveClass = Field(
         None, description="Seconds per token of a running stream; the strictest class counts. Unset: twice the "
-        "unloaded figure, at least 0.1.",
+        "unloaded figure, at least 0.5.",
         json_schema_extra={"flag": "--tpot-slo"},
     )  # fmt: skip
     slow_reader_timeout_s: float = Field(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from server.policy.admission import Admission
@@ -22,6 +24,7 @@ class Door:
     def __init__(self, kv_tokens: int = 10_000, max_running: int = 16, ttft_slo_s: float = 5.0) -> None:
         self.admission = Admission(Objectives({"default": ttft_slo_s, "critical": ttft_slo_s}, {"default": 0.1}))
         self.admission.open(Capacity(kv_tokens, 16, max_running), UNLOADED)
+        self.admission.cap = replace(self.admission.cap, starting=False)  # its size is known to be right
         self.now_s = 100.0
         self.kv_tokens = kv_tokens
         self.running: list[Held] = []
@@ -169,6 +172,18 @@ def test_a_refusal_says_when_the_wait_is_hopeless() -> None:
     verdict = door.arrive()
     assert isinstance(verdict, Shed)
     assert verdict.hopeless
+
+
+def test_a_burst_at_the_start_is_not_refused_for_a_cap_that_still_grows() -> None:
+    verdicts = []
+    for starting in (True, False):
+        door = Door(kv_tokens=100_000, max_running=64, ttft_slo_s=2)
+        door.fill()
+        door.now_s += 3
+        door.admission.cap = replace(door.admission.cap, starting=starting)
+        verdicts.append([type(door.arrive()) for _ in range(16)])
+    assert set(verdicts[0]) == {Enqueue}
+    assert Shed in verdicts[1]
 
 
 def test_a_client_with_less_patience_is_refused_earlier_and_with_more_later() -> None:

@@ -52,24 +52,30 @@ def test_a_retry_is_spread_over_a_quarter_and_never_at_once() -> None:
 
 
 def test_unset_objectives_are_multiples_of_the_unloaded_figures() -> None:
-    slow = Unloaded(ttft_s=8.0, tpot_s=0.2, prefill_tokens_per_s=100)
+    slow = Unloaded(ttft_s=8.0, tpot_s=0.4, prefill_tokens_per_s=100)
     assert Objectives().ttft("default", slow) == 40
-    assert Objectives().tpot(slow) == 0.4
+    assert Objectives().tpot(slow) == 0.8
 
 
-def test_objectives_are_not_below_what_a_person_notices() -> None:
-    assert Objectives().ttft("critical", UNLOADED) == 30
-    assert Objectives().tpot(Unloaded(0.01, 0.001, 1e6)) == 0.1
+def test_unset_objectives_leave_a_fast_engine_room() -> None:
+    assert Objectives().ttft("critical", UNLOADED) == 10
+    assert Objectives().tpot(Unloaded(0.01, 0.001, 1e6)) == 0.5
     assert Objectives().ttft("batch", UNLOADED) == 600
 
 
 def test_an_engine_that_could_not_be_measured_is_taken_for_a_slow_one() -> None:
     assert Objectives().ttft("default", None) == 60
-    assert Objectives().tpot(None) == 0.5
+    assert Objectives().tpot(None) == 1.0
 
 
 def test_what_the_operator_sets_counts_and_the_strictest_pace_holds_for_all() -> None:
-    objectives = Objectives({"default": 0.5}, {"critical": 0.02, "default": 0.2})
+    objectives = Objectives({"default": 0.5}, {"critical": 0.05, "default": 0.2})
     assert objectives.ttft("default", UNLOADED) == 0.5
-    assert objectives.ttft("critical", UNLOADED) == 30
-    assert objectives.tpot(UNLOADED) == 0.02
+    assert objectives.ttft("critical", UNLOADED) == 10
+    assert objectives.tpot(UNLOADED) == 0.05
+
+
+def test_a_pace_that_one_stream_alone_does_not_have_is_not_asked_of_many() -> None:
+    objectives = Objectives(tpot_s={"default": 0.02})
+    assert objectives.tpot(UNLOADED) == pytest.approx(1.5 * UNLOADED.tpot_s)
+    assert objectives.tpot(None) == 0.02
