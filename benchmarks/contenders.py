@@ -150,11 +150,12 @@ def started(kind: Kind, model: str, flags: Sequence[str]) -> Iterator[Contender]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         log_file, port = Path(folder) / "log", _free_port()
         command = kind.command(model, port, [*FLAGS, "--served-model-name", MODEL_NAME, *flags])
+        surroundings = {"TIDEGATE_DATA_FOLDER": str(Path(folder) / "data"), **environment(flags)}
         with log_file.open("wb") as log:
             started_s = time.perf_counter()
             # A session of its own: Ctrl-C must not end the engines before this process has ended their servers.
             process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment(flags), cwd=PROJECT, start_new_session=True
+                command, stdout=log, stderr=log, env=surroundings, cwd=PROJECT, start_new_session=True
             )
         contender = Contender(kind.name, f"http://127.0.0.1:{port}", process, log_file, started_s, kind.live_path)
         try:

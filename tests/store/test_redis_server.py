@@ -186,11 +186,15 @@ def test_the_wheel_holds_a_server_that_can_be_run() -> None:
     assert "Valkey server v=9.1" in words
 
 
-def test_a_server_on_path_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_server_on_path_is_taken_only_where_the_wheel_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     program = tmp_path / "redis-server"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_program() == wheel_program()
+    monkeypatch.setattr("server.store.redis_server.wheel_program", lambda: None)
     assert find_program() == program
 
 
