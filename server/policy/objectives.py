@@ -11,8 +11,8 @@ InteractiveClass = Literal["critical", "default"]
 # Unset objectives are these multiples of what an unloaded engine does.
 _TTFT_FACTOR: Final = 5.0
 _TPOT_FACTOR: Final = 2.0
-# But not below what a person takes. Attention lasts about ten seconds (Nielsen, "Usability Engineering", 1993). Running
-# fewer streams for a better pace costs throughput, and what nobody asked for is not bought with it: unset, the pace only
+# But not below what a person takes: attention lasts ten seconds (Nielsen, "Usability Engineering", 1993). Running
+# fewer streams for a better pace costs throughput, and nobody asked for that: unset, the pace only
 # keeps an overloaded engine from standing still.
 _LEAST_TTFT_S: Final = 10.0
 _LEAST_TPOT_S: Final = 0.5
