@@ -7,6 +7,8 @@ from server.policy.objectives import Unloaded
 
 _RATE_WEIGHT: Final = 0.1
 _RESIDENCE_WEIGHT: Final = 0.1
+# Fewer tokens than this, as of prompts that the prefix cache knows, take one step's time however many they are.
+_TELLING_TOKENS: Final = 64
 # A prompt that shares its steps with many streams is slow; the mean may not fall so low that a burst looks endless.
 _LEAST_RATE_SHARE: Final = 0.1
 _MAX_JITTER: Final = 0.25
@@ -60,6 +62,8 @@ class Rates:
         pending_s = self.pending_prefill_s + step.duration_s if step.prefilling else self.pending_prefill_s
         if not step.prefilled_tokens or not pending_s:
             return replace(self, decode_tokens_per_s=decode, pending_prefill_s=pending_s)
+        if step.prefilled_tokens < _TELLING_TOKENS:
+            return replace(self, decode_tokens_per_s=decode, pending_prefill_s=0.0)
         first = not self.prefill_s
         weight = 1.0 if first else _RATE_WEIGHT
         return replace(

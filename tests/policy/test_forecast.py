@@ -26,10 +26,10 @@ def test_before_any_prompt_the_unloaded_rate_counts() -> None:
     assert Rates().prefill_tokens_per_s(None) == 0
 
 
-def test_short_prompts_in_slow_steps_do_not_make_a_burst_look_endless() -> None:
+def test_prompts_in_slow_steps_do_not_make_a_burst_look_endless() -> None:
     rates = Rates()
     for _ in range(100):
-        rates = rates.stepped(prefill(2, 0.1))
+        rates = rates.stepped(prefill(100, 1.0))
     assert rates.prefill_tokens_per_s(UNLOADED) == 200
 
 
@@ -43,6 +43,14 @@ def test_the_decode_rate_follows_the_steps() -> None:
 def test_places_turn_over_by_littles_law() -> None:
     assert place_wait_s(needed=4, limit=8, residence_s=6) == 3
     assert place_wait_s(needed=-2, limit=8, residence_s=6) == 0
+
+
+def test_prompts_from_the_prefix_cache_say_nothing_about_the_speed_of_others() -> None:
+    rates = Rates().stepped(prefill(1000, 0.5))
+    for _ in range(50):
+        rates = rates.stepped(prefill(5, 0.1))
+    assert rates.prefill_tokens_per_s(None) == pytest.approx(2000)
+    assert rates.pending_prefill_s == 0
 
 
 def test_a_retry_is_spread_over_a_quarter_and_never_at_once() -> None:
