@@ -1,5 +1,6 @@
 """Spans sent to a collector by OTLP over HTTP. Imported only where tracing is on."""
 
+import threading
 from typing import Final
 
 from opentelemetry import trace
@@ -11,14 +12,17 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from server.telemetry.traces import Traces
 
 _PATH: Final = "/v1/traces"
-_TIMEOUT_S: Final = 3.0  # for one export; a collector that is away holds up the end of the process for so long
+_EXPORT_TIMEOUT_S: Final = 3.0
+# What a collector that is away may hold up the end of the process.
+_CLOSE_TIMEOUT_S: Final = 3.0
 
 
 def start(endpoint: str, version: str) -> Traces:
     """Send spans to `endpoint`, the collector's base URL, from now on; vLLM's too, which go to the global provider."""
-    provider = provider_for(OTLPSpanExporter(endpoint=url_of(endpoint), timeout=_TIMEOUT_S), version)
+    exporter = OTLPSpanExporter(endpoint=url_of(endpoint), timeout=_EXPORT_TIMEOUT_S)
+    provider = provider_for(exporter, version)
     trace.set_tracer_provider(provider)
-    return traces_of(provider)
+    return traces_of(provider, exporter)
 
 
 def provider_for(exporter: SpanExporter, version: str) -> TracerProvider:
@@ -29,8 +33,16 @@ def provider_for(exporter: SpanExporter, version: str) -> TracerProvider:
     return provider
 
 
-def traces_of(provider: TracerProvider) -> Traces:
-    return Traces(provider.get_tracer("tidegate"), provider.shutdown)
+def traces_of(provider: TracerProvider, exporter: SpanExporter) -> Traces:
+    """Closing them sends what is left, as long as the collector takes it in time."""
+
+    def close() -> None:
+        giving_up = threading.Timer(_CLOSE_TIMEOUT_S, exporter.shutdown)
+        giving_up.start()
+        provider.shutdown()
+        giving_up.cancel()
+
+    return Traces(provider.get_tracer("tidegate"), close)
 
 
 def url_of(endpoint: str) -> str:

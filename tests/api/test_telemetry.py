@@ -118,8 +118,3 @@ def test_while_an_engine_is_loaded_or_replaced_the_page_answers_and_says_so() ->
 def test_the_page_names_the_versions() -> None:
     with running() as client:
         assert value(client, "tidegate_build_info", tidegate="1.2.3", vllm="0.32.0") == 1
-
-
-def test_the_age_of_what_waits_is_shown_by_class() -> None:
-    with running(stack(RecordingOperation())) as client:
-        assert value(client, "tidegate_queue_age_seconds", **{"class": "default"}) == 0

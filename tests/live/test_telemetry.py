@@ -127,7 +127,7 @@ def asked(client: httpx.Client, expression: str) -> list[Any]:
 
 def is_up(client: httpx.Client) -> bool:
     try:
-        return client.get("/query", params={"query": "count_over_time(up[1m]) > 5"}).json()["data"]["result"] != []
+        return bool(client.get("/query", params={"query": "count_over_time(up[1m]) > 5"}).json()["data"]["result"])
     except httpx.TransportError:
         return False
 

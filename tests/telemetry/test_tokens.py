@@ -47,7 +47,7 @@ def test_a_page_with_a_thousand_tenants_takes_less_than_50_ms() -> None:
     metrics = Metrics(CollectorRegistry(), tenants_shown=1000)
     for number in range(1000):
         for work in ("online", "batch"):
-            metrics.tokens.used(f"tenant-{number}", work, (number, number, number))  # type: ignore[arg-type]
+            metrics.tokens.used(f"tenant-{number}", work, (number, number, number))
 
     def took_s() -> float:
         started_s = time.perf_counter()

@@ -1,5 +1,7 @@
 """Spans as an exporter gets them, in memory and by a collector on a real port."""
 
+import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -22,7 +24,7 @@ class Recorded:
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
         self._provider = otlp.provider_for(self._exporter, "1.2.3")
-        self.traces = otlp.traces_of(self._provider)
+        self.traces = otlp.traces_of(self._provider, self._exporter)
 
     @property
     def spans(self) -> dict[str, ReadableSpan]:
@@ -95,7 +97,7 @@ def test_where_tracing_is_off_nothing_is_passed_on() -> None:
 def test_a_collector_gets_the_spans_at_the_latest_when_the_server_ends() -> None:
     with collecting() as collector:
         exporter = OTLPSpanExporter(endpoint=otlp.url_of(collector.url), timeout=5)
-        traces = otlp.traces_of(otlp.provider_for(exporter, "1.2.3"))
+        traces = otlp.traces_of(otlp.provider_for(exporter, "1.2.3"), exporter)
         with traces.request("POST", CLIENTS), traces.part("queue"):
             pass
         traces.close()
@@ -103,6 +105,19 @@ def test_a_collector_gets_the_spans_at_the_latest_when_the_server_ends() -> None
     assert collector.services == {"tidegate"}
     assert {span.name for span in collector.spans} == {"POST", "queue"}
     assert {span.trace_id.hex() for span in collector.spans} == {TRACE_ID}
+
+
+def test_a_collector_that_is_away_holds_up_the_end_for_some_seconds_at_most() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # nobody listens here afterwards
+        port = taken.getsockname()[1]
+    exporter = OTLPSpanExporter(endpoint=f"http://127.0.0.1:{port}/v1/traces", timeout=60)
+    traces = otlp.traces_of(otlp.provider_for(exporter, "1.2.3"), exporter)
+    for _ in range(1500):
+        with traces.request("POST", {}):
+            pass
+    started_s = time.monotonic()
+    traces.close()
+    assert time.monotonic() - started_s < 10
 
 
 def test_the_operator_names_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
