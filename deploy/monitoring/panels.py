@@ -137,7 +137,7 @@ def _stat(panel: Panel, defaults: Json) -> Json:
     return {
         "options": {
             "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
-            "colorMode": "value", "graphMode": "area", "textMode": "value_and_name", "justifyMode": "auto",
+            "colorMode": "value", "graphMode": "area", "textMode": "value", "justifyMode": "auto",
         }
     }  # fmt: skip
 
