@@ -8,6 +8,7 @@ _HERE: Final = 'instance=~"$instance"'
 _WINDOW: Final = "[$__rate_interval]"
 INTERACTIVE: Final = 'class!="batch"'
 PROMPT: Final = 'kind="prompt"'
+LIMITED: Final = 'outcome="limited"'
 CACHED: Final = 'kind="cached"'
 
 

@@ -3,6 +3,7 @@
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -19,12 +20,17 @@ from server.serving.requests import OpenRequest
 from server.serving.service import GATED_ROUTES
 from server.telemetry.metrics import Metrics
 from server.telemetry.requests import Ended, RequestMetrics
+from server.telemetry.tenants import Outcome
 from server.telemetry.traces import Traced, Traces
 
 log = structlog.get_logger("server.access")
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _UNROUTED: Final = "unknown"
+_OUTCOMES: Final[Mapping[int, Outcome]] = {
+    HTTPStatus.TOO_MANY_REQUESTS: "limited",
+    errors.CLIENT_CLOSED_REQUEST: "left",
+}
 _UNTRACED: Final = Traced()
 # Asked every few seconds by probes and scrapers; their lines and spans would hide the others.
 _PROBES: Final = ("/health", "/ping", "/metrics", "/load")
@@ -84,6 +90,7 @@ class Exchange:
             self._to.metrics.refused(errors.reason(seen.refusal))
         if opened is not None and scope["method"] == "POST" and seen.route in GATED_ROUTES:
             self._to.requests.ended(seen.ended(opened))
+            self._to.metrics.tenants.ended(opened.tenant.name, _outcome(seen.outcome))
         if traced.recording:
             failed = None if seen.outcome < HTTPStatus.INTERNAL_SERVER_ERROR else seen.reason or str(seen.outcome)
             traced.ended(f"{scope['method']} {seen.route}", seen.attributes(), failed)
@@ -179,6 +186,14 @@ class _Seen:
     def _ttft_s(self, opened: OpenRequest) -> float | None:
         first_s = opened.figures.first_frame_s
         return None if first_s is None else first_s - self._started_s
+
+
+def _outcome(status: int) -> Outcome:
+    if status < HTTPStatus.BAD_REQUEST:
+        return "answered"
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return "failed"
+    return _OUTCOMES.get(status, "refused")
 
 
 def _class_of(opened: OpenRequest) -> TrafficClass:

@@ -192,7 +192,7 @@ class Charging:
             return
         request.figures.used(counts.cached_tokens, counts.completion_tokens, demand.n)
         used = counts.prompt_tokens, counts.cached_tokens, counts.completion_tokens
-        self._metrics.tokens.used(request.tenant.name, "batch" if request.of_batch else "online", used)
+        self._metrics.tenants.used(request.tenant.name, "batch" if request.of_batch else "online", used)
 
     def _tell(self, request: OpenRequest, found: list[Standing]) -> None:
         request.headers |= headers(found)

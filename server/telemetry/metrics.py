@@ -12,7 +12,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from server.telemetry.tokens import TokenMetrics
+from server.telemetry.tenants import TenantMetrics
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # A generation takes from some milliseconds (a refusal) to many minutes (a long answer on a busy server).
@@ -31,7 +31,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, tenants_shown: int = TENANTS_SHOWN) -> None:
         self._registry = registry
-        self.tokens = TokenMetrics(tenants_shown)
+        self.tenants = TenantMetrics(tenants_shown)
         self._http_requests = Counter(
             "tidegate_http_requests_total", "HTTP requests by route and status", ("method", "route", "status"),
             registry=registry,
@@ -111,4 +111,4 @@ class Metrics:
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""
-        return generate_latest(self._registry) + self.tokens.page().encode()
+        return generate_latest(self._registry) + self.tenants.page().encode()

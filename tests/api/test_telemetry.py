@@ -73,6 +73,7 @@ def test_a_stream_is_in_the_figures_of_its_class() -> None:
         eventually(lambda: value(client, "tidegate_requests_total", route=CHAT, **{"class": "default"}) == 1)
         assert value(client, "tidegate_time_to_first_token_seconds_count") == 1
         assert value(client, "tidegate_slo_requests_total", objective="ttft") == 1
+        assert value(client, "tidegate_tenant_requests_total", tenant="anyone", outcome="answered") == 1
 
 
 def test_a_refusal_is_counted_and_logged_by_its_code(log: CapturedLogs) -> None:
@@ -83,6 +84,7 @@ def test_a_refusal_is_counted_and_logged_by_its_code(log: CapturedLogs) -> None:
         assert value(client, "tidegate_refusals_total", reason="unsupported_parameter") == 1
         assert value(client, "tidegate_refusals_total", reason="not_found") == 1
         assert value(client, "tidegate_slo_requests_total", objective="answered") == 0
+        assert value(client, "tidegate_tenant_requests_total", outcome="refused") == 1
 
 
 def test_a_stream_that_an_error_ends_misses_its_objective_under_the_errors_status(log: CapturedLogs) -> None:
@@ -93,6 +95,7 @@ def test_a_stream_that_an_error_ends_misses_its_objective_under_the_errors_statu
         assert client.post(CHAT, json={}).status_code == 200
         eventually(lambda: value(client, "tidegate_slo_missed_total", objective="answered") == 1)
         assert value(client, "tidegate_requests_total", status="500") == 1
+        assert value(client, "tidegate_tenant_requests_total", outcome="failed") == 1
         assert value(client, "tidegate_time_to_first_token_seconds_count") == 0
     assert (line(log)["status"], line(log)["refusal"]) == (200, "internal_error")
 

@@ -29,7 +29,7 @@ from server.store.redis_server import EmbeddedRedis
 from server.store.usage import TokenCounts, UsageBook
 from server.telemetry.metrics import Metrics
 from server.telemetry.requests import RequestFigures
-from server.telemetry.tokens import KINDS
+from server.telemetry.tenants import KINDS
 from tests.serving.fake_stack import (
     FakeProgress,
     FakeStack,
@@ -114,7 +114,7 @@ async def test_what_it_used_is_in_the_metrics_and_in_its_own_figures(embedded: E
         await run(p, request(ANYONE), demand(7, FakeProgress(completion_tokens=1)))
         await run(p, request(of_batch=True), demand(3, FakeProgress(completion_tokens=2)))
         await run(p, request(ANYONE), demand(1000, FakeProgress(in_engine=False)))
-        total = p.metrics.tokens.total
+        total = p.metrics.tenants.tokens
         assert [total("team", "online", kind) for kind in KINDS] == [100, 64, 5]
         assert [total("anyone", "online", kind) for kind in KINDS] == [7, 0, 1]
         assert [total("team", "batch", kind) for kind in KINDS] == [3, 0, 2]
@@ -129,7 +129,7 @@ async def test_an_attempt_that_starts_over_leaves_none_of_its_figures(embedded: 
         await anext(outputs)
         await opened.start_over()
         assert opened.figures == RequestFigures()
-        assert p.metrics.tokens.total("team", "online", "completion") == 5  # the engine did that work all the same
+        assert p.metrics.tenants.tokens("team", "online", "completion") == 5  # the engine did that work all the same
         await outputs.aclose()
 
 
