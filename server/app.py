@@ -21,7 +21,7 @@ from server.api.edge import Edge, EdgeLimits
 from server.api.errors import Dialect
 from server.api.files import files_router
 from server.api.level import level_router
-from server.api.middleware import Exchange
+from server.api.middleware import Exchange, Reporting
 from server.api.operators import operators_router
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
@@ -48,7 +48,7 @@ from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.ladder import LadderSources, LadderWatch
 from server.serving.line_runner import LineRunner
-from server.serving.queue import Gate
+from server.serving.queue import Gate, Surroundings
 from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
 from server.serving.service import BodyRules, Guards, Service
@@ -66,7 +66,9 @@ from server.telemetry import metrics
 from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.batches import BatchMetrics
 from server.telemetry.metrics import Metrics
+from server.telemetry.requests import RequestMetrics
 from server.telemetry.resilience import ResilienceMetrics
+from server.telemetry.traces import Traces
 
 _MIB: Final = 1 << 20
 _DAY_S: Final = 24 * 3600
@@ -93,6 +95,7 @@ class Application:
     ladder: LadderWatch
     fallback: Fallback
     resilience: ResilienceMetrics
+    traces: Traces
 
 
 def build_application(
@@ -105,7 +108,9 @@ def build_application(
 
     Without an operator key nobody is the operator. Raises `BadRedisUrl` and `TenantsFileError`.
     """
-    slot, requests, figures = EngineSlot(), OpenRequests(), Metrics(registry)
+    slot, requests, figures = EngineSlot(), OpenRequests(), Metrics(registry, settings.metrics_tenants)
+    figures.describe(versions)
+    traces = _traces(settings, versions)
     store = Store(settings.redis_url, settings.data_path, settings.redis_timeout_s)
     charging = Charging(store.limiter, store.replica, _pricing(settings), figures)
     fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
@@ -116,9 +121,10 @@ def build_application(
         ),
     )
     objectives = Objectives(settings.ttft_slo_s or {}, settings.tpot_slo_s or {})
-    gate = Gate(Admission(objectives), AdmissionMetrics(registry))
+    gate = Gate(Admission(objectives), AdmissionMetrics(registry), Surroundings(traces=traces))
     witness = ResilienceMetrics(registry)
-    fallback = Fallback(_upstreams(settings), witness, random.random)
+    witness.watch_engine(lambda: slot.ready)
+    fallback = Fallback(_upstreams(settings), witness, random.random, trace_headers=traces.carrier)
     sources = LadderSources(lambda: gate.pressure, slot, bool(fallback))
     ladder = LadderWatch(_ladder_rules(settings), sources, RedisPins(store.patient_client), witness)
     degradation = Degradation(ladder, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness)
@@ -143,14 +149,16 @@ def build_application(
     api.include_router(operators_router(doors.desk, doors.operators))
     api.include_router(level_router(ladder, doors.operators))
     api.include_router(usage_router(UsageDesk(store.usage), doors.desk, doors.callers, doors.operators))
-    batching = _batching(settings, store, service, doors.access, ladder, BatchMetrics(registry))
+    runner = LineRunner(service, traces)
+    batching = _batching(settings, store, runner, doors.access, ladder, BatchMetrics(registry))
     if settings.batches:
         api.include_router(files_router(batching.files, doors.callers))
         api.include_router(batches_router(batching.batches, doors.callers))
     api.add_exception_handler(HTTPException, _on_http_exception)
     api.add_exception_handler(Refusal, on_refusal)
     api.add_exception_handler(Exception, _on_error)
-    asgi: ASGIApp = Exchange(api, metrics=figures, access_log=settings.access_log)
+    seen = RequestMetrics(gate.admission, registry)
+    asgi: ASGIApp = Exchange(api, Reporting(figures, seen, traces, settings.access_log))
     if settings.allowed_origins:
         asgi = CORSMiddleware(
             asgi,
@@ -160,13 +168,21 @@ def build_application(
             allow_credentials=settings.allow_credentials,
         )
     return Application(
-        asgi, slot, requests, Generation(fitter, gate, charging), gate, store, doors.access, batching.runner,
-        ladder, fallback, witness,
+        asgi, slot, requests, Generation(fitter, gate, charging, traces), gate, store, doors.access, batching.runner,
+        ladder, fallback, witness, traces,
     )  # fmt: skip
 
 
+def _traces(settings: Settings, versions: Mapping[str, str]) -> Traces:
+    if settings.otlp_endpoint is None:
+        return Traces()
+    from server.telemetry import otlp  # a second of imports
+
+    return otlp.start(settings.otlp_endpoint, versions["tidegate"])
+
+
 def _batching(
-    settings: Settings, store: Store, service: Service, access: Access, ladder: LadderWatch, figures: BatchMetrics
+    settings: Settings, store: Store, runner: LineRunner, access: Access, ladder: LadderWatch, figures: BatchMetrics
 ) -> Batching:
     folder = settings.batch_folder or settings.data_path / _BATCH_FOLDER
     kept_s = int(settings.batch_files_kept_days * _DAY_S)
@@ -175,7 +191,7 @@ def _batching(
     return Batching(
         keeping,
         FileRules(int(settings.batch_max_file_mib * _MIB), int(settings.batch_quota_mib * _MIB), kept_s),
-        LineParts(LineRunner(service), _described, lambda: ladder.level >= Level.ESSENTIAL, figures),
+        LineParts(runner, _described, lambda: ladder.level >= Level.ESSENTIAL, figures),
         InputLimits(settings.batch_max_lines, int(settings.max_body_mib * _MIB)),
         Runners(store.replica, access.named, runs=settings.batches),
     )
@@ -278,6 +294,7 @@ def _dialect(request: Request) -> Dialect:
 async def on_refusal(request: Request, error: Exception) -> Response:
     """A refusal as its HTTP answer."""
     assert isinstance(error, Refusal)
+    request.state.refusal = error
     return Response(
         errors.encoded(error, _dialect(request)),
         status_code=errors.status(error),

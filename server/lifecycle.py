@@ -114,6 +114,7 @@ class Process:
         finally:
             http.should_exit = True
             await serving
+            await asyncio.to_thread(self._app.traces.close)
         return code
 
     @asynccontextmanager
@@ -200,7 +201,9 @@ class Process:
         errors.unlink(missing_ok=True)  # the words of an engine that is gone explain nothing about the next
         logs.write_child_config(config, errors, json_lines=self._json_lines, level=self._settings.log_level)
         s = self._settings
-        request = StackRequest(self._flags, config, errors, s.context_count_cache_entries, s.fast_streams)
+        request = StackRequest(
+            self._flags, config, errors, s.context_count_cache_entries, s.fast_streams, self._app.traces.on
+        )
         return await build_stack(request, self._app.generation, self._app.slot.enter)
 
     async def _drain(self) -> None:

@@ -40,6 +40,8 @@ BREACHES = [
     Breach("redis", "api/planted.py", "def lazily() -> None:\n    import redis"),
     Breach("http", "serving/planted.py", "from starlette.requests import Request"),
     Breach("http", "telemetry/planted.py", "from fastapi import FastAPI"),
+    Breach("traces", "serving/planted.py", "from opentelemetry import trace"),
+    Breach("traces", "api/planted.py", "def lazily() -> None:\n    import opentelemetry.trace"),
     Breach("policy", "policy/planted.py", "import asyncio"),
     Breach("policy", "policy/planted.py", "from time import monotonic"),
     Breach("policy", "policy/planted.py", "from pydantic import BaseModel"),
@@ -53,6 +55,7 @@ ALLOWED = {
     "api/allowed.py": "from starlette.types import Send\nimport fastapi\nimport server.serving.allowed",
     "serving/allowed.py": "import asyncio\nimport server.engine.allowed\nimport server.store.allowed",
     "engine/allowed.py": "import vllm\nfrom starlette.datastructures import State\nimport server.policy.allowed",
+    "telemetry/allowed.py": "from opentelemetry import trace\nimport server.policy.allowed",
     "store/allowed.py": "from redis.asyncio import Redis\nimport server.policy.allowed",
     "policy/allowed.py": "from dataclasses import dataclass\nfrom collections.abc import Mapping",
 }

@@ -5,6 +5,7 @@ and the cleanup runs in that task.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -161,8 +162,10 @@ class OwnedResponse(Response):
                 if opened.producing:
                     await _cancelled(waiting)
                     self._sent = flowing = True
+                    opened.figures.first_frame_s = time.perf_counter()
                     await self._send_frames(b"".join(held), reply.media_type, opened)
                     held.clear()
+        opened.figures.last_frame_s = time.perf_counter()
         opened.leave_engine()
         await self._send_frames(b"".join(held), reply.media_type, opened)
         self._client.finish()
@@ -189,6 +192,7 @@ class OwnedResponse(Response):
             await self._send_frames(_WAITING, media_type, opened)
 
     async def _refuse(self, refusal: Refusal, opened: OpenRequest) -> None:
+        self._request.state.refusal = refusal
         log.info("refused", reason=type(refusal).__name__, detail=refusal.message)
         if self._head_sent:
             await self._send_frames(errors.event(refusal, self._dialect), "", opened)

@@ -66,6 +66,11 @@ def status(refusal: Refusal) -> int:
     return wire(refusal).status
 
 
+def reason(refusal: Refusal) -> str:
+    """The refusal as figures and logs name it: its code, where it has one."""
+    return wire(refusal).code or "invalid_request"
+
+
 def body(refusal: Refusal, dialect: Dialect) -> dict[str, Any]:
     """The error object, as OpenAI or as Anthropic writes it."""
     form = wire(refusal)

@@ -45,6 +45,7 @@ from server.policy.forecast import Step
 
 _TOOL_SETS_REMEMBERED: Final = 256
 _TEMPLATE_SETTINGS_REMEMBERED: Final = 64
+_TRACED_BY_US: Final = "the provider of this process"  # vLLM only asks whether there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,10 @@ class Seams(Protocol):
 
     def engine_priority(self, asked: int) -> int:
         """The priority for the engine's own queue, where lower is earlier; `asked` is what vLLM read."""
+        ...
+
+    def trace_headers(self) -> dict[str, str]:
+        """What puts the engine's span into the trace of the request that runs here."""
         ...
 
     def generate(self, demand: Demand, outputs: Outputs[Output]) -> AsyncGenerator[Output, None]:
@@ -225,9 +230,16 @@ class SeamedEngine(AsyncLLM):
 
     seams: Seams
 
-    def open_seam(self, seams: Seams) -> None:
+    def open_seam(self, seams: Seams, *, traced: bool) -> None:
+        """`traced`: vLLM makes spans, for the provider of this process.
+
+        vLLM's own switch, the endpoint among its flags, would make a provider for each engine and for each process.
+        """
         self.seams = seams
         follow_requests(self.output_processor)
+        if traced:
+            self.output_processor.tracing_enabled = True
+            self.observability_config.otlp_traces_endpoint = _TRACED_BY_US
 
     def generate(  # a plain call that returns the generator saves a hop per token
         self,
@@ -255,7 +267,7 @@ class SeamedEngine(AsyncLLM):
             prompt_text=prompt_text,
             lora_request=lora_request,
             tokenization_kwargs=tokenization_kwargs,
-            trace_headers=trace_headers,
+            trace_headers=self.seams.trace_headers() or trace_headers,
             priority=self.seams.engine_priority(priority),
             data_parallel_rank=data_parallel_rank,
             session_id=session_id,
@@ -283,7 +295,7 @@ class SeamedEngine(AsyncLLM):
             pooling_params,
             request_id,
             lora_request=lora_request,
-            trace_headers=trace_headers,
+            trace_headers=self.seams.trace_headers() or trace_headers,
             priority=self.seams.engine_priority(priority),
             tokenization_kwargs=tokenization_kwargs,
             reasoning_ended=reasoning_ended,

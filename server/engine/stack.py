@@ -56,13 +56,15 @@ _GENERATOR_LOGGERS: Final = tuple(
 @dataclass(frozen=True, slots=True)
 class StackRequest:
     """What a stack is built from. `logging_config` is a dictConfig file for vLLM's processes, whose
-    error records also land in `engine_error_log`. `fast_streams`: make the frames of plain text streams here."""
+    error records also land in `engine_error_log`. `fast_streams`: make the frames of plain text streams here.
+    `traced`: make spans."""
 
     vllm_flags: tuple[str, ...]
     logging_config: Path
     engine_error_log: Path
     count_cache_entries: int
     fast_streams: bool = True
+    traced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +205,7 @@ def _build_engine(
         engine = _start_engine(args, seams)
     except Exception as error:
         raise _explained(error, args, request.engine_error_log) from error
-    engine.open_seam(seams)
+    engine.open_seam(seams, traced=request.traced)
     return arguments, engine, EngineFamily.of(pids_of(engine.engine_core))
 
 

@@ -118,9 +118,6 @@ class Charging:
     @asynccontextmanager
     async def charge(self, request: OpenRequest, demand: Demand) -> AsyncIterator[None]:
         """Hold the cost of one engine request. Raises `RateLimited` and `CostAboveLimit`."""
-        if request.tenant is ANYONE:
-            yield
-            return
         granted = await self._granted(request, demand)
         charged = _Charged(lambda: self._settle(request, demand, granted, charged))
         request.account.open.add(charged)
@@ -171,6 +168,9 @@ class Charging:
         account.open.discard(charged)
         account.in_engine |= progress.in_engine
         counts = _counts(demand)
+        self._report(request, demand, counts)
+        if request.tenant is ANYONE:
+            return
         usage = UsageEntry(request.tenant.name, request.model_name, counts, datetime.now(UTC))
         if granted is None:
             if progress.in_engine:
@@ -186,6 +186,13 @@ class Charging:
         self._limiter.settle(granted, Cost(requests, tokens), lease, usage if progress.in_engine else None)
         for scope in granted.charge.scopes:
             self._remembered.pop(scope.key, None)
+
+    def _report(self, request: OpenRequest, demand: Demand, counts: TokenCounts) -> None:
+        if not demand.progress.in_engine:
+            return
+        request.figures.used(counts.cached_tokens, counts.completion_tokens, demand.n)
+        used = counts.prompt_tokens, counts.cached_tokens, counts.completion_tokens
+        self._metrics.tenants.used(request.tenant.name, "batch" if request.of_batch else "online", used)
 
     def _tell(self, request: OpenRequest, found: list[Standing]) -> None:
         request.headers |= headers(found)

@@ -42,6 +42,7 @@ class Degradation:
             return call
         request.wish = parse_wish(_header(call, _WISH_HEADER))
         request.headers["x-degradation-level"] = str(int(level))
+        request.figures.level = int(level)
         self._metrics.degraded(level)
         self._refuse(level, request)
         economy = economical(call.body or {}, call.route, self._rules.economy_max_tokens)
@@ -79,6 +80,7 @@ class Degradation:
         reply = canned_reply(call.route, call.body or {}, text, request)
         if reply is not None:
             request.headers["x-degradation-level"] = str(int(Level.CLOSED))
+            request.figures.level = int(Level.CLOSED)
             request.degraded("canned_reply")
         return reply
 

@@ -73,8 +73,9 @@ class Fallback:
         metrics: ResilienceMetrics,
         chance: Callable[[], float],
         breaker: BreakerRules = _BREAKER_RULES,
+        trace_headers: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        self._lines = [_Line(upstream, metrics, breaker) for upstream in upstreams]
+        self._lines = [_Line(upstream, metrics, breaker, trace_headers) for upstream in upstreams]
         self._chance = chance
 
     def __bool__(self) -> bool:
@@ -109,6 +110,7 @@ class Fallback:
                 log.warning("fallback upstream failed", upstream=line.upstream.name, reason=str(failure))
                 continue
             request.degraded(f"fallback={line.upstream.name}")
+            request.figures.upstream = line.upstream.name
             return reply
         return None
 
@@ -116,9 +118,16 @@ class Fallback:
 class _Line:
     """The connections to one upstream and its breaker."""
 
-    def __init__(self, upstream: Upstream, metrics: ResilienceMetrics, rules: BreakerRules) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        metrics: ResilienceMetrics,
+        rules: BreakerRules,
+        trace_headers: Callable[[], Mapping[str, str]],
+    ) -> None:
         self.upstream = upstream
         self._metrics = metrics
+        self._trace_headers = trace_headers
         self._breaker = Breaker(rules)
         self._client = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), follow_redirects=False)
         self._show()
@@ -178,6 +187,7 @@ class _Line:
             "content-type": "application/json",
             "accept-encoding": "identity",  # so that frames are passed on as they come
             "x-request-id": request.request_id,
+            **self._trace_headers(),
         }
         if self.upstream.api_key is not None:
             headers["authorization"] = f"Bearer {self.upstream.api_key}"

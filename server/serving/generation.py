@@ -14,6 +14,7 @@ from server.serving.charging import Charging
 from server.serving.fitting import HistoryFitter
 from server.serving.queue import Gate
 from server.serving.requests import OpenRequest, Running, current_request
+from server.telemetry.traces import Traces
 
 if TYPE_CHECKING:
     from server.engine.conversations import Conversation, Rendered, TextPrompts
@@ -25,10 +26,13 @@ Output = TypeVar("Output")
 class Generation:
     """What happens at the engine's two seams, for every endpoint alike."""
 
-    def __init__(self, fitter: HistoryFitter, gate: Gate, charging: Charging) -> None:
+    def __init__(
+        self, fitter: HistoryFitter, gate: Gate, charging: Charging, traces: Traces | None = None
+    ) -> None:  # fmt: skip
         self._fitter = fitter
         self._gate = gate
         self._charging = charging
+        self._traces = traces or Traces()
 
     def stepped(self, step: Step) -> None:
         """The engine made a step."""
@@ -42,11 +46,16 @@ class Generation:
         request = current_request()
         return (DEFAULT_TERMS if request is None else request.terms).engine_priority(asked)
 
+    def trace_headers(self) -> dict[str, str]:
+        """By these the engine adds to the trace of the request that runs here; empty where it is in none."""
+        return self._traces.carrier()
+
     async def render(self, conversation: Conversation) -> Rendered:
         """Seam 1: messages become tokens."""
         request = _request()
         try:
-            return await self._fitter.render(conversation, request)
+            with self._traces.part("render"):
+                return await self._fitter.render(conversation, request)
         except Refusal as refusal:
             request.refusal = refusal
             raise

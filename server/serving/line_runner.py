@@ -16,6 +16,7 @@ from server.policy.tenants import Tenant
 from server.serving.requests import OpenRequest
 from server.serving.service import Service
 from server.serving.telling import told_body
+from server.telemetry.traces import Traces
 
 log = structlog.get_logger(__name__)
 
@@ -60,8 +61,9 @@ class Refused:
 class LineRunner:
     """Sends lines where the requests of clients go."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, traces: Traces | None = None) -> None:
         self._service = service
+        self._traces = traces or Traces()
 
     @property
     def draining(self) -> bool:
@@ -87,9 +89,11 @@ class LineRunner:
             tenant=replace(line.tenant, traffic_class="batch"),
             end_user=line.end_user,
             on_admitted=admitted,
+            of_batch=True,
         )
         call = Call("POST", line.endpoint, headers=_HEADERS, body=line.body)
-        with structlog.contextvars.bound_contextvars(request_id=line.request_id):
+        span = self._traces.request("batch line", {}, from_outside=False)
+        with structlog.contextvars.bound_contextvars(request_id=line.request_id), span:
             try:
                 async with self._service.requests.open(opened):
                     reply = await self._service.answer(call, opened)

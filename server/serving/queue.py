@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -27,6 +27,7 @@ from server.policy.terms import Terms
 from server.policy.verdicts import Consumed, Shed
 from server.serving.requests import OpenRequest
 from server.telemetry.admission import AdmissionMetrics
+from server.telemetry.traces import Traces
 
 if TYPE_CHECKING:
     from server.engine.seams import Demand
@@ -44,10 +45,11 @@ _PATIENCE_OF_THE_REST_S: Final = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the gate takes from outside: a clock in seconds that never jumps, and random numbers from 0 to 1."""
+    """What the gate takes from outside: a clock in seconds that never jumps, random numbers from 0 to 1, traces."""
 
     clock: Callable[[], float] = time.monotonic
     jitter: Callable[[], float] = random.random
+    traces: Traces = field(default_factory=Traces)
 
 
 class Gate:
@@ -59,12 +61,12 @@ class Gate:
         self.admission = admission
         self._metrics = metrics
         around = surroundings or Surroundings()
-        self.clock, self._jitter = around.clock, around.jitter
+        self.clock, self._jitter, self.traces = around.clock, around.jitter, around.traces
         self._waiting: dict[int, Slot] = {}
         self._running: dict[int, Slot] = {}
         self._prefilling: dict[int, Slot] = {}
         self._closed_s: float | None = None
-        metrics.watch(admission)
+        metrics.watch(admission, self.clock)
 
     def open(self, capacity: Capacity, unloaded: Unloaded | None) -> None:
         """An engine of this capacity serves from now on."""
@@ -184,6 +186,7 @@ class Gate:
         waited_s = max(0.0, held.admitted_s - (slot.request.arrived_s or held.admitted_s))
         slot.request.headers[_WAIT] = f"{waited_s:.3f}"
         slot.request.headers.setdefault(_POSITION, "0")
+        slot.request.figures.waited(waited_s)
         self._metrics.admitted(held.ticket.traffic_class, waited_s)
         if slot.timer is not None:
             slot.timer.cancel()
@@ -245,8 +248,9 @@ class Slot:
         self._consumer: asyncio.Task[object] | None = None
 
     async def __aenter__(self) -> Slot:
-        self._gate.enter(self)
-        await self._until_granted()
+        with self._gate.traces.part("queue"):
+            self._gate.enter(self)
+            await self._until_granted()
         return self
 
     async def __aexit__(
@@ -287,8 +291,9 @@ class Slot:
 
     async def wait_again(self) -> None:
         """After `gave_up`: give the place back, and wait for another one in front of the queue."""
-        self._enter_again()
-        await self._until_granted()
+        with self._gate.traces.part("queue"):
+            self._enter_again()
+            await self._until_granted()
 
     def _enter_again(self) -> None:
         held = self.held

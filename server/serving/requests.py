@@ -20,6 +20,7 @@ from server.policy.edits import NO_EDITS, Edits
 from server.policy.refusals import Draining, Refusal
 from server.policy.tenants import ANYONE, Tenant
 from server.policy.terms import DEFAULT_TERMS, Terms
+from server.telemetry.requests import RequestFigures
 
 if TYPE_CHECKING:
     from server.engine.stack import Stack
@@ -116,7 +117,8 @@ class OpenRequest:
     `stack` is what it runs on, `exposed` whether it has reached that stack's engine, `woken` that it was told of the
     engine's death by a cancellation, and `deaths` how many engines have died with it inside. `wish` is what the client
     thinks of a degraded answer, and `context_factor` the share of the context budget that its history may fill.
-    `on_admitted` is told when the engine takes it, once for each engine request.
+    `on_admitted` is told when the engine takes it, once for each engine request. `of_batch`: it is a line of a batch.
+    `figures` are what the log and the metrics tell of it.
     """
 
     request_id: str
@@ -148,6 +150,8 @@ class OpenRequest:
     wish: Wish = "auto"
     context_factor: float = 1.0
     on_admitted: Callable[[], None] | None = None
+    of_batch: bool = False
+    figures: RequestFigures = field(default_factory=RequestFigures)
 
     def admitted(self) -> None:
         """The engine takes one of its engine requests now."""
@@ -180,6 +184,7 @@ class OpenRequest:
         self.settle()
         self.exposed = self.producing = False
         self.prompt_tokens, self.edits, self.refusal = 0, NO_EDITS, None
+        self.figures = RequestFigures()
         self.headers.clear()
 
     def degraded(self, *applied: str) -> None:
@@ -205,6 +210,7 @@ class OpenRequest:
             model_name=self.model_name,
             asked_max_tokens=self.asked_max_tokens,
             terms=self.terms,
+            of_batch=self.of_batch,
         )
 
     def edited(self, edits: Edits) -> None:

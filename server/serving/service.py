@@ -56,7 +56,7 @@ _FITTED_ROUTES: Final = frozenset(
     {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/completions", "/tokenize"}
 )
 # Whose work goes through the engine.
-_GATED_ROUTES: Final = frozenset(
+GATED_ROUTES: Final = frozenset(
     {CHAT_ROUTE, f"{CHAT_ROUTE}/batch", RESPONSES_ROUTE, "/v1/messages", "/v1/completions", "/v1/embeddings",
      "/v2/embed", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"}
 )  # fmt: skip
@@ -161,7 +161,7 @@ class Service:
             raise Unsupported(f"{who} does not support {call.method} {call.route}.")
         if (call.method == "POST" and call.route != _CANCEL_ROUTE) or call.route == _TOKENIZER_ROUTE:
             _refuse_foreign_models(call.body or {}, stack.model_names[0], request.tenant)
-        if call.route in _GATED_ROUTES and call.body is not None:
+        if call.route in GATED_ROUTES and call.body is not None:
             self._knock(call, call.body, stack, request)
         body = None if call.body is None else self._ruled(call, call.body, stack, request)
         if call.method == "POST" and call.route not in _FREE_ROUTES:

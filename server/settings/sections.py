@@ -282,7 +282,7 @@ class FallbackUpstream(BaseModel):
 
 
 class Logs(BaseModel):
-    """Logs"""
+    """Logs, metrics, traces"""
 
     log_format: Literal["auto", "json", "pretty"] = Field("auto", description="auto: pretty at a terminal, else JSON.")
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
@@ -291,6 +291,20 @@ class Logs(BaseModel):
     access_log: bool = Field(
         True, description="Log a line for each request.", json_schema_extra={"off": "--disable-uvicorn-access-log"}
     )
+    metrics_tenants: int = Field(
+        100, ge=0, description="Tenants with a label of their own in the metrics; the others share `other`."
+    )
+    otlp_endpoint: str | None = Field(
+        None, description="Collector that traces go to by OTLP over HTTP, such as http://localhost:4318. Unset: none."
+    )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_a_url(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "http://none")
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("the collector's URL is http://HOST[:PORT] or https://…")
+        return url
 
 
 SECTIONS: Final[tuple[type[BaseModel], ...]] = (

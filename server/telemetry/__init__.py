@@ -1,1 +1,1 @@
-"""Reports: logs and metrics. It never influences a request."""
+"""Reports: logs, metrics and traces. It never influences a request."""

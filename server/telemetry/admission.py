@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -48,9 +48,9 @@ class AdmissionMetrics:
             for where in ("door", "arrival", "queue"):
                 self._refused.labels(name, where)
 
-    def watch(self, admission: Admission) -> None:
-        """Show the state of this gate."""
-        self._registry.register(_State(admission))
+    def watch(self, admission: Admission, clock: Callable[[], float]) -> None:
+        """Show the state of this gate; `clock` is the one it counts ages on."""
+        self._registry.register(_State(admission, clock))
 
     def admitted(self, traffic_class: TrafficClass, waited_s: float) -> None:
         self._wait.labels(traffic_class).observe(waited_s)
@@ -72,18 +72,29 @@ class AdmissionMetrics:
 
 
 class _State(Collector):
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, clock: Callable[[], float]) -> None:
         self._admission = admission
+        self._clock = clock
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         a = self._admission
         waiting = GaugeMetricFamily("tidegate_requests_waiting", "Requests in the queue", labels=["class"])
         running = GaugeMetricFamily("tidegate_requests_running", "Requests in the engine", labels=["class"])
+        oldest = GaugeMetricFamily(
+            "tidegate_queue_age_seconds", "Age of the oldest request in the queue, 0 where nobody waits",
+            labels=["class"],
+        )  # fmt: skip
+        now_s = self._clock()
+        ages_s = dict.fromkeys(TRAFFIC_CLASSES, 0.0)
+        for ticket in a.backlog:
+            ages_s[ticket.traffic_class] = max(ages_s[ticket.traffic_class], now_s - ticket.arrived_s)
         for name in TRAFFIC_CLASSES:
+            oldest.add_metric([name], ages_s[name])
             waiting.add_metric([name], a.backlog.size(name))
             running.add_metric([name], a.ledger.running(name))
         yield waiting
         yield running
+        yield oldest
         kv_tokens = a.capacity.kv_tokens if a.capacity is not None else 0
         for gauge, text, value in (
             ("kv_reserved_tokens", "KV cache tokens promised to running requests", a.ledger.reserved),

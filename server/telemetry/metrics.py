@@ -1,6 +1,6 @@
 """Every metric of ours, declared once. vLLM's own `vllm:*` metrics share the registry and the page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -12,19 +12,26 @@ from prometheus_client import (
     generate_latest,
 )
 
+from server.telemetry.tenants import TenantMetrics
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # A generation takes from some milliseconds (a refusal) to many minutes (a long answer on a busy server).
 _DURATION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 # One round trip to Redis: well under a millisecond nearby, and never over its timeout.
 _LIMITER_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+TENANTS_SHOWN = 100
 _FIT_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 class Metrics:
-    """Our metrics on one registry. Labels are bounded: routes are templates, never paths."""
+    """Our metrics on one registry. Labels are bounded: routes are templates, never paths.
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+    `tenants_shown`: how many tenants have a label of their own.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY, tenants_shown: int = TENANTS_SHOWN) -> None:
         self._registry = registry
+        self.tenants = TenantMetrics(tenants_shown)
         self._http_requests = Counter(
             "tidegate_http_requests_total", "HTTP requests by route and status", ("method", "route", "status"),
             registry=registry,
@@ -34,6 +41,10 @@ class Metrics:
             ("method", "route"), buckets=_DURATION_BUCKETS_S, registry=registry,
         )  # fmt: skip
 
+        self._refusals = Counter(
+            "tidegate_refusals_total", "Refusals by reason, the `code` that the client is told", ("reason",),
+            registry=registry,
+        )  # fmt: skip
         self._truncated_requests = Counter(
             "tidegate_context_truncated_requests_total", "Prompts that lost messages or tokens", registry=registry
         )
@@ -90,6 +101,14 @@ class Metrics:
         self._http_requests.labels(method, route, str(status)).inc()
         self._http_duration.labels(method, route).observe(duration_s)
 
+    def refused(self, reason: str) -> None:
+        self._refusals.labels(reason).inc()
+
+    def describe(self, versions: Mapping[str, str]) -> None:
+        """Show what runs here; the values are labels, as is usual for this."""
+        info = Gauge("tidegate_build_info", "1, with the versions that run", tuple(versions), registry=self._registry)
+        info.labels(*versions.values()).set(1)
+
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""
-        return generate_latest(self._registry)
+        return generate_latest(self._registry) + self.tenants.page().encode()

@@ -1,5 +1,7 @@
 """Metrics of the engine's life, of the degradation ladder and of the fallback upstreams."""
 
+from collections.abc import Callable
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 # From a small model on a warm machine to a large one that is read from a network disk.
@@ -10,6 +12,7 @@ class ResilienceMetrics:
     """These metrics on one registry. Upstreams are labelled by their configured names."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._up = Gauge("tidegate_engine_up", "1 while an engine serves", registry=registry)
         self._restarts = Counter(
             "tidegate_engine_restarts_total", "Engines that were replaced, by what ended them", ("reason",),
             registry=registry,
@@ -28,6 +31,10 @@ class ResilienceMetrics:
             "tidegate_requests_lost_total", "Requests that an engine's death ended, by why they did not run again",
             ("reason",), registry=registry,
         )  # fmt: skip
+        for died in ("died", "hung"):  # a rate needs a zero to begin with
+            self._restarts.labels(died)
+        for lost in ("streamed", "quarantined"):
+            self._lost.labels(lost)
         self._level = Gauge("tidegate_degradation_level", "The level that counts now, 0 to 5", registry=registry)
         self._pressure = Gauge(
             "tidegate_degradation_pressure_ratio", "Predicted wait for a first token over what is promised",
@@ -48,6 +55,10 @@ class ResilienceMetrics:
             "tidegate_fallback_up", "1 while the upstream's circuit breaker is closed", ("upstream",),
             registry=registry,
         )  # fmt: skip
+
+    def watch_engine(self, is_ready: Callable[[], bool]) -> None:
+        """Read at each scrape."""
+        self._up.set_function(lambda: float(is_ready()))
 
     def engine_died(self, *, hung: bool) -> None:
         self._restarts.labels("hung" if hung else "died").inc()

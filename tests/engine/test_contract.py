@@ -172,6 +172,18 @@ def test_the_engines_life_can_be_watched_and_ended() -> None:
     assert _parameters(unregister_vllm_metrics) == []
 
 
+def test_spans_are_made_for_the_provider_of_the_process_where_two_attributes_say_so() -> None:
+    """Tracing is switched on after the engine is built, so that vLLM makes no provider of its own."""
+    from vllm.tracing import otel
+
+    assert "self.observability_config.otlp_traces_endpoint is not None" in inspect.getsource(
+        AsyncLLM.is_tracing_enabled
+    )
+    assert "if self.tracing_enabled:" in inspect.getsource(OutputProcessor.process_outputs)
+    assert "trace_headers" in inspect.getsource(OutputProcessor.do_tracing)
+    assert "trace.get_tracer(" in inspect.getsource(otel.manual_instrument_otel)
+
+
 def test_a_step_is_reported_to_every_stat_logger() -> None:
     from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 

@@ -82,6 +82,7 @@ def wait_until_replaced(server: RunningServer, old: psutil.Process) -> None:
     deadline_s = time.monotonic() + REPLACED_WITHIN_S
     while time.monotonic() < deadline_s:
         assert httpx.get(f"{server.url}/health/live", timeout=15).status_code == 200
+        assert "tidegate_engine_up " in httpx.get(f"{server.url}/metrics", timeout=15).text
         ready = httpx.get(f"{server.url}/health/ready", timeout=5)
         if ready.status_code == 200 and any(
             "EngineCore" in child.name() and child.pid != old.pid for child in server.children()

@@ -17,7 +17,7 @@ from server.engine.calls import Call
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.limits import Cost, standings
 from server.policy.refusals import CostAboveLimit, Overloaded, RateLimited
-from server.policy.tenants import Limits, Tenant
+from server.policy.tenants import ANYONE, Limits, Tenant
 from server.serving.charging import Charging, Pricing, scopes_of
 from server.serving.generation import Generation
 from server.serving.requests import OpenRequest, OpenRequests
@@ -28,6 +28,8 @@ from server.store.limiter import Charge, Limiter
 from server.store.redis_server import EmbeddedRedis
 from server.store.usage import TokenCounts, UsageBook
 from server.telemetry.metrics import Metrics
+from server.telemetry.requests import RequestFigures
+from server.telemetry.tenants import KINDS
 from tests.serving.fake_stack import (
     FakeProgress,
     FakeStack,
@@ -57,7 +59,8 @@ class Parts:
         self.redis = redis
         self.limiter = Limiter(LimitScript(redis), "a-replica")
         self.registry = CollectorRegistry()
-        self.charging = Charging(self.limiter, "a-replica", pricing, Metrics(self.registry))
+        self.metrics = Metrics(self.registry)
+        self.charging = Charging(self.limiter, "a-replica", pricing, self.metrics)
         self.generation = Generation(new_fitter(), new_gate(), self.charging)
 
     async def left(self, tenant: Tenant = TEAM) -> dict[str, int]:
@@ -103,6 +106,31 @@ async def test_a_request_is_charged_what_it_used_and_one_request(embedded: Embed
         assert await p.left() == {"requests": 4, "tokens": 895}
         book = UsageBook(p.redis)
         assert (await book.read("team")).day == {"m": TokenCounts(1, 100, 0, 5)}
+
+
+async def test_what_it_used_is_in_the_metrics_and_in_its_own_figures(embedded: EmbeddedRedis) -> None:
+    async with parts(embedded) as p:
+        await run(p, opened := request(), demand(100, FakeProgress(completion_tokens=5, cached_tokens=64)))
+        await run(p, request(ANYONE), demand(7, FakeProgress(completion_tokens=1)))
+        await run(p, request(of_batch=True), demand(3, FakeProgress(completion_tokens=2)))
+        await run(p, request(ANYONE), demand(1000, FakeProgress(in_engine=False)))
+        total = p.metrics.tenants.tokens
+        assert [total("team", "online", kind) for kind in KINDS] == [100, 64, 5]
+        assert [total("anyone", "online", kind) for kind in KINDS] == [7, 0, 1]
+        assert [total("team", "batch", kind) for kind in KINDS] == [3, 0, 2]
+        figures = opened.figures
+        assert (figures.cached_tokens, figures.completion_tokens, figures.sequences) == (64, 5, 1)
+        assert figures.queue_wait_s is not None
+
+
+async def test_an_attempt_that_starts_over_leaves_none_of_its_figures(embedded: EmbeddedRedis) -> None:
+    async with parts(embedded) as p, OpenRequests().open(opened := request()):
+        outputs = p.generation.generate(demand(100, FakeProgress(completion_tokens=5)), saying("a", "b"))
+        await anext(outputs)
+        await opened.start_over()
+        assert opened.figures == RequestFigures()
+        assert p.metrics.tenants.tokens("team", "online", "completion") == 5  # the engine did that work all the same
+        await outputs.aclose()
 
 
 async def test_while_it_runs_its_whole_answer_is_reserved(embedded: EmbeddedRedis) -> None:

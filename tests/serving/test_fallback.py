@@ -91,6 +91,18 @@ async def test_the_upstream_is_asked_with_its_own_key_and_its_own_name_for_the_m
     assert unnamed["model"] == "any"
 
 
+async def test_the_upstream_gets_the_trace_and_the_figures_its_name() -> None:
+    proxy, headers = FaultProxy(), {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    async with proxy.running():
+        metrics, only = ResilienceMetrics(CollectorRegistry()), Upstream(name="a", url=proxy.url)
+        fallback = Fallback([only], metrics, lambda: 0.5, trace_headers=lambda: headers)
+        await fallback.answer(call(stream=False), opened := request())
+        await fallback.close()
+    ((_, seen, _),) = proxy.seen
+    assert seen["traceparent"] == headers["traceparent"]
+    assert opened.figures.upstream == "a"
+
+
 async def test_a_clients_own_key_is_not_given_away() -> None:
     proxy = FaultProxy()
     async with upstreams(proxy) as fallback:

@@ -28,6 +28,21 @@ async def test_a_request_waits_for_a_place_and_is_told_how_long_it_did() -> None
     assert bench.metric("tidegate_queue_wait_seconds_count", **{"class": "default"}) == 2
 
 
+async def test_the_age_of_what_has_waited_longest_is_shown_by_class() -> None:
+    bench = Bench(places=1)
+    tasks = [bench.run(bench.request(name)) for name in ("a1", "a2")]
+    await settle()
+    await asyncio.sleep(0.05)
+    tasks.append(bench.run(bench.request("a3")))
+    await settle()
+    assert bench.metric("tidegate_queue_age_seconds", **{"class": "default"}) >= 0.05
+    assert bench.metric("tidegate_queue_age_seconds", **{"class": "critical"}) == 0
+    for name in ("a1", "a2", "a3"):
+        bench.finish(name)
+    await asyncio.gather(*tasks)
+    assert bench.metric("tidegate_queue_age_seconds", **{"class": "default"}) == 0
+
+
 async def test_a_place_is_free_again_the_moment_a_request_ends() -> None:
     bench = Bench(places=2)
     tasks = [bench.run(bench.request(f"a{i}")) for i in range(6)]
