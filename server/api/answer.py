@@ -189,6 +189,7 @@ class OwnedResponse(Response):
             await self._send_frames(_WAITING, media_type, opened)
 
     async def _refuse(self, refusal: Refusal, opened: OpenRequest) -> None:
+        self._request.state.refusal = refusal
         log.info("refused", reason=type(refusal).__name__, detail=refusal.message)
         if self._head_sent:
             await self._send_frames(errors.event(refusal, self._dialect), "", opened)

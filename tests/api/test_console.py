@@ -1,0 +1,136 @@
+"""The console's page and its figures over HTTP, without an engine."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.api import console
+from tests.api.running_application import OPERATOR_KEY, running
+from tests.serving.fake_stack import FakeStack, RecordingOperation
+
+CHAT = "/v1/chat/completions"
+OPERATOR = {"authorization": f"Bearer {OPERATOR_KEY}"}
+FILES = Path(console.__file__).with_name("console_files")
+
+
+@pytest.fixture
+def server(store_url: str) -> Iterator[httpx.Client]:
+    with running(FakeStack({("POST", CHAT): RecordingOperation()}), redis_url=store_url) as client:
+        yield client
+
+
+def overview(server: httpx.Client) -> dict[str, object]:
+    found = server.get("/admin/overview", headers=OPERATOR)
+    assert found.status_code == 200, found.text
+    body: dict[str, object] = found.json()
+    return body
+
+
+def test_anyone_may_read_the_page_and_nobody_may_put_anything_into_it(server: httpx.Client) -> None:
+    redirect = server.get("/console")
+    assert (redirect.status_code, redirect.headers["location"]) == (307, "console/")
+    for name in ("", *(file.name for file in FILES.iterdir())):
+        page = server.get(f"/console/{name}")
+        assert page.status_code == 200, name
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert page.headers["x-content-type-options"] == "nosniff"
+    assert server.get("/console/").headers["content-type"].startswith("text/html")
+    assert "javascript" in server.get("/console/console.js").headers["content-type"]
+
+
+def test_a_page_that_has_not_changed_is_not_sent_again(server: httpx.Client) -> None:
+    first = server.get("/console/console.js")
+    again = server.get("/console/console.js", headers={"if-none-match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert "content-security-policy" in again.headers
+
+
+@pytest.mark.parametrize("path", ["nothing.js", "../console.py", "..%2fconsole.py", "/etc/passwd", "%2fetc%2fpasswd", "%00"])
+def test_no_other_file_can_be_reached(server: httpx.Client, path: str) -> None:
+    request = httpx.Request("GET", f"{server.base_url}/console/{path}")
+    answer = server.send(request)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "not_found"
+
+
+def test_the_page_has_no_inline_script_or_style_and_no_address_of_another_site() -> None:
+    page = (FILES / "index.html").read_text()
+    assert re.findall(r"<script(?![^>]*\bsrc=)|\bon[a-z]+=|\bstyle=|<style", page) == []
+    for file in FILES.iterdir():
+        text = file.read_text()
+        addresses = set(re.findall(r"https?://[^\s\"'<>]+", text))
+        assert addresses <= {"http://www.w3.org/2000/svg"}, file.name
+        assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text) == []
+
+
+def test_a_server_without_a_console_serves_its_figures_all_the_same() -> None:
+    with running(console=False) as server:
+        assert server.get("/console").status_code == 404
+        assert server.get("/console/").status_code == 404
+        assert overview(server)["object"] == "overview"
+
+
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"x-api-key": "wrong"}])
+def test_without_the_operator_key_there_are_no_figures(server: httpx.Client, headers: dict[str, str]) -> None:
+    refused = server.get("/admin/overview", headers=headers)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_who_tries_keys_is_slowed_down_and_the_operator_beside_it_is_not() -> None:
+    with running(failed_logins_per_minute=3) as server:
+        assert overview(server)["object"] == "overview"
+        wrong = [server.get("/admin/overview", headers={"authorization": f"Bearer {n}"}) for n in range(5)]
+        assert [answer.status_code for answer in wrong] == [401, 401, 401, 429, 429]
+        assert int(wrong[-1].headers["retry-after"]) >= 1
+        assert overview(server)["object"] == "overview"
+
+
+def test_the_figures_name_what_a_running_server_is_doing(server: httpx.Client) -> None:
+    assert server.post(CHAT, json={"messages": []}).status_code == 200
+    found = server.get("/admin/overview", headers=OPERATOR)
+    assert found.headers["cache-control"] == "no-store"
+    shown = found.json()
+    assert shown["engine"]["ready"]
+    assert shown["engine"]["models"] == ["a-model"]
+    assert shown["versions"] == {"tidegate": "1.2.3", "vllm": "0.32.0"}
+    assert shown["limits"]["mode"] == "redis"
+    assert shown["level"]["level"] == 0
+    assert [one["level"] for one in shown["level"]["levels"]] == [0, 1, 2, 3, 4, 5]
+    assert shown["counters"]["requests_by_status"] == {"2xx": 1, "4xx": 0, "5xx": 0}
+    assert shown["requests"]["running"] == {"critical": 0, "default": 0, "batch": 0}
+
+
+def test_tenants_are_shown_with_their_limits_and_use(server: httpx.Client) -> None:
+    form = {"name": "search", "class": "critical", "limits": {"requests_per_minute": 60}}
+    assert server.post("/admin/tenants", json=form, headers=OPERATOR).status_code == 201
+    (row,) = server.get("/admin/overview", headers=OPERATOR).json()["tenants"]["shown"]
+    assert (row["name"], row["class"], row["limits"]["requests_per_minute"]) == ("search", "critical", 60)
+    assert row["today"] == {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
+
+
+def test_while_redis_is_away_the_rest_is_shown_and_the_reason_is_told() -> None:
+    with running(FakeStack({}), redis_url="redis://127.0.0.1:1") as server:
+        shown = server.get("/admin/overview", headers=OPERATOR).json()
+        assert shown["engine"]["ready"]
+        assert shown["tenants"]["shown"] == []
+        assert "Redis" in shown["tenants"]["problem"]
+
+
+def test_a_refusal_is_shown_with_its_reason_and_never_with_what_the_client_sent(server: httpx.Client) -> None:
+    secret = "the patient's name is Ada"
+    for _ in range(2):
+        body = {"messages": [{"role": "user", "content": secret}], "max_tokens": secret}
+        assert server.post(CHAT, json=body).status_code == 400
+    assert server.post(CHAT, json={"messages": [], "kv_transfer_params": {"a": secret}}).status_code == 400
+    assert server.get("/admin/overview").status_code == 401
+    answer = server.get("/admin/overview", headers=OPERATOR)
+    assert secret not in answer.text
+    entries = {(entry["code"], entry["route"]): entry for entry in answer.json()["recent"]["refusals"]}
+    assert entries["invalid_request_error", CHAT]["count"] == 2
+    assert entries["unsupported_parameter", CHAT]["status"] == 400
+    assert "operator" in entries["invalid_api_key", "/admin/overview"]["detail"]
