@@ -1,4 +1,4 @@
-"""The operator's console: its page and its scripts, which anyone may read, and the one route that gives it its figures."""
+"""The operator's console: its page and scripts, which anyone may read, and the one route that gives it its figures."""
 
 from pathlib import Path
 from typing import Final
@@ -45,7 +45,7 @@ def console_router() -> APIRouter:
 
     @router.get("/console", include_in_schema=False)
     async def console() -> Response:
-        """The page's own addresses are relative, so they need the slash; so is this one, for servers behind a prefix."""
+        """The page's own addresses are relative, and need the slash. So is this one: a proxy may add a prefix."""
         return RedirectResponse("console/")
 
     @router.api_route("/console/{name:path}", methods=["GET", "HEAD"], include_in_schema=False)

@@ -1,4 +1,4 @@
-"""What an overview needs from Redis, read again only when it is a few seconds old: several consoles ask every second."""
+"""What an overview needs from Redis, read anew only after some seconds: several consoles ask every second."""
 
 from __future__ import annotations
 

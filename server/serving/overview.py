@@ -226,9 +226,7 @@ def _fallbacks(reading: Reading) -> list[dict[str, Any]]:
 
 def _outcomes(reading: Reading, upstream: str) -> dict[str, int]:
     samples = reading.samples.get(_FALLBACK_REQUESTS, ())
-    return {
-        sample.labels["outcome"]: int(sample.value) for sample in samples if sample.labels["upstream"] == upstream
-    }
+    return {sample.labels["outcome"]: int(sample.value) for sample in samples if sample.labels["upstream"] == upstream}
 
 
 def _usage(used: TokenCounts) -> dict[str, int]:

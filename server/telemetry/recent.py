@@ -16,7 +16,7 @@ _LONGEST_DETAIL: Final = 300
 
 @dataclass(frozen=True, slots=True)
 class Happening:
-    """Something that happened to a request. `code` is the error's code or the kind of edit, `tenant` empty if unknown."""
+    """What happened to a request. `code` is the error's code or the kind of edit, `tenant` empty if unknown."""
 
     kind: Kind
     code: str

@@ -1,24 +1,38 @@
 """The console's page and its figures over HTTP, without an engine."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx
 import pytest
 
 from server.api import console
+from server.engine.calls import Call, Reply
+from server.policy.refusals import InvalidRequest
 from tests.api.running_application import OPERATOR_KEY, running
-from tests.serving.fake_stack import FakeStack, RecordingOperation
+from tests.serving.fake_stack import FakeStack, Operation, RecordingOperation
 
 CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 OPERATOR = {"authorization": f"Bearer {OPERATOR_KEY}"}
 FILES = Path(console.__file__).with_name("console_files")
 
 
+async def quoting(call: Call) -> Reply:
+    """Refuses in the words of a validator, who shows what it was given."""
+    raise InvalidRequest(f"Input should be a valid list: {call.body}", param="prompt")
+
+
+OPERATIONS: Mapping[tuple[str, str], Operation] = {
+    ("POST", CHAT): RecordingOperation(),
+    ("POST", COMPLETIONS): quoting,
+}
+
+
 @pytest.fixture
 def server(store_url: str) -> Iterator[httpx.Client]:
-    with running(FakeStack({("POST", CHAT): RecordingOperation()}), redis_url=store_url) as client:
+    with running(FakeStack(dict(OPERATIONS)), redis_url=store_url) as client:
         yield client
 
 
@@ -50,7 +64,9 @@ def test_a_page_that_has_not_changed_is_not_sent_again(server: httpx.Client) -> 
     assert "content-security-policy" in again.headers
 
 
-@pytest.mark.parametrize("path", ["nothing.js", "../console.py", "..%2fconsole.py", "/etc/passwd", "%2fetc%2fpasswd", "%00"])
+@pytest.mark.parametrize(
+    "path", ["nothing.js", "../console.py", "..%2fconsole.py", "/etc/passwd", "%2fetc%2fpasswd", "%00"]
+)
 def test_no_other_file_can_be_reached(server: httpx.Client, path: str) -> None:
     request = httpx.Request("GET", f"{server.base_url}/console/{path}")
     answer = server.send(request)
@@ -124,13 +140,15 @@ def test_while_redis_is_away_the_rest_is_shown_and_the_reason_is_told() -> None:
 def test_a_refusal_is_shown_with_its_reason_and_never_with_what_the_client_sent(server: httpx.Client) -> None:
     secret = "the patient's name is Ada"
     for _ in range(2):
-        body = {"messages": [{"role": "user", "content": secret}], "max_tokens": secret}
-        assert server.post(CHAT, json=body).status_code == 400
+        quoted = server.post(COMPLETIONS, json={"prompt": secret})
+        assert quoted.status_code == 400
+        assert secret in quoted.text
     assert server.post(CHAT, json={"messages": [], "kv_transfer_params": {"a": secret}}).status_code == 400
     assert server.get("/admin/overview").status_code == 401
     answer = server.get("/admin/overview", headers=OPERATOR)
     assert secret not in answer.text
     entries = {(entry["code"], entry["route"]): entry for entry in answer.json()["recent"]["refusals"]}
-    assert entries["invalid_request_error", CHAT]["count"] == 2
+    assert entries["invalid_request_error", COMPLETIONS]["count"] == 2
+    assert entries["invalid_request_error", COMPLETIONS]["detail"] == "param: prompt"
     assert entries["unsupported_parameter", CHAT]["status"] == 400
     assert "operator" in entries["invalid_api_key", "/admin/overview"]["detail"]

@@ -10,7 +10,7 @@ const LINES = 3;
 const TABLE_ROWS = 20;
 
 // `spec`: title, unit, format, series [{name, of}] where `of` picks a value out of the figures, and maybe `most`, the
-// highest value of the axis. `window_s`: how far back it reads.
+// highest value of the axis, and its number of `lines`. `window_s`: how far back it reads.
 export class Chart {
   constructor(spec, window_s) {
     this.spec = spec;
@@ -109,8 +109,9 @@ export class Chart {
   grid() {
     const right = this.width - MARGIN.right;
     const drawn = [];
-    for (let i = 0; i <= LINES; i += 1) {
-      const value = (this.top * i) / LINES;
+    const lines = this.spec.lines ?? LINES;
+    for (let i = 0; i <= lines; i += 1) {
+      const value = (this.top * i) / lines;
       const y = Math.round(this.y(value)) + 0.5;
       drawn.push(svg("line", {class: "grid", x1: MARGIN.left, x2: right, y1: y, y2: y}),
         text(MARGIN.left - 6, y + 3.5, "end", this.spec.axis(value)));

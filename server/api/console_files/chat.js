@@ -22,6 +22,7 @@ export function chat() {
     event.preventDefault();
     ask();
   });
+  $("chat-settings").addEventListener("submit", (event) => event.preventDefault());
   $("chat-text").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();

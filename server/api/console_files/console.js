@@ -11,9 +11,10 @@ import {buildCharts, drawCharts, drawSnapshot, WINDOW_S} from "./view.js";
 
 const INTERVAL_MS = 1500;
 const LONGEST_PAUSE_MS = 30000;
+const QUANTILES_OVER_S = 10;
 const UNAUTHORIZED = 401;
 
-let last = null;
+let snapshots = [];
 let history = [];
 let timer = null;
 let paused = false;
@@ -65,7 +66,7 @@ async function signIn(event) {
 function signOut(problem) {
   clearTimeout(timer);
   forgetKey();
-  [last, history, failures] = [null, [], 0];
+  [snapshots, history, failures] = [[], [], 0];
   sayOrHide($("banner"), "");
   ask(problem);
 }
@@ -111,10 +112,11 @@ async function poll() {
 }
 
 function take(snapshot) {
-  const figures = last ? figuresBetween(last, snapshot) : null;
+  const last = snapshots[snapshots.length - 1];
+  const figures = last ? figuresBetween(last, snapshot, snapshots[0]) : null;
   if (figures) history.push(figures);
   history = history.filter((point) => point.at > snapshot.taken_at_s - WINDOW_S);
-  last = snapshot;
+  snapshots = [...snapshots.filter((one) => one.taken_at_s > snapshot.taken_at_s - QUANTILES_OVER_S), snapshot];
   drawSnapshot(snapshot, figures);
   drawCharts(history);
   tell(snapshot);

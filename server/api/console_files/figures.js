@@ -1,7 +1,9 @@
-// What two snapshots of `/admin/overview` say together: counters become rates, histograms become quantiles of the time
+// What snapshots of `/admin/overview` say together: counters become rates, histograms become quantiles of the time
 // between. A counter that has fallen began anew with a new engine.
 
-export function figuresBetween(before, after) {
+// `before` is the last snapshot before this one, `earlier` one of some seconds ago: a second has too few answers for
+// quantiles.
+export function figuresBetween(before, after, earlier) {
   const seconds = after.taken_at_s - before.taken_at_s;
   const grown = (pick) => growth(pick(before.counters), pick(after.counters));
   const perSecond = (pick) => {
@@ -10,7 +12,7 @@ export function figuresBetween(before, after) {
   };
   const status = (group) => perSecond((c) => c.requests_by_status[group] ?? 0);
   const quantiles = (name) => {
-    const seen = histogramBetween(before.histograms[name], after.histograms[name]);
+    const seen = histogramBetween(earlier.histograms[name], after.histograms[name]);
     return {p50: quantile(seen, 0.5), p95: quantile(seen, 0.95)};
   };
   const kv = after.kv;

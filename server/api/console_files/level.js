@@ -10,7 +10,6 @@ let levels = [];
 export function showLevel(level) {
   if (!levels.length) fillChoices(level);
   levels = level.levels;
-  const steps = levels.map((one) => one.level);
   const list = $("ladder");
   const key = `${level.level}`;
   if (list.dataset.shown !== key) {
@@ -21,15 +20,19 @@ export function showLevel(level) {
       title: one.description,
     }, el("span", {class: "step"}, String(one.level)), named(one.name))));
   }
-  say($("because"), level.pin ? level.description : `${level.description}. Automatic, because of ${level.because}; ` +
-    `the pressure is ${level.pressure} (above 1 the level rises).`);
+  say($("because"), `${level.level ? `${level.description}. ` : ""}${level.pin ? "" : "Automatic: "}${because(level)}.`);
   $("pin").hidden = !level.pin;
   $("level-clear").hidden = !level.pin;
   if (level.pin) {
     facts($("pin"), [["Held by", level.pin.by], ["Reason", level.pin.reason], ["For another", span(level.pin.ttl_s)],
       ["Without it", `level ${level.automatic_level}, pressure ${level.pressure}`]]);
   }
-  return steps;
+}
+
+function because(level) {
+  const pressure = `the pressure is ${level.pressure}, and above 1 the level rises`;
+  if (level.pin) return "Held by an operator, whatever the pressure";
+  return level.because === "pressure" ? pressure : `${level.because}; ${pressure}`;
 }
 
 function fillChoices(level) {

@@ -18,11 +18,11 @@ const CHARTS = [
     {name: "Median", of: (f) => f.queueWait.p50}, {name: "95th percentile", of: (f) => f.queueWait.p95}]},
   {title: "Requests", unit: "at this moment", ...rates, axis: compact, format: count, series: [
     {name: "Running", of: (f) => f.running}, {name: "Waiting", of: (f) => f.waiting}]},
-  {title: "KV cache", unit: "share of its tokens", format: percent, axis: percent, most: 1, series: [
+  {title: "KV cache", unit: "share of its tokens", format: percent, axis: percent, most: 1, lines: 4, series: [
     {name: "Reserved", of: (f) => f.kvReserved}, {name: "In use", of: (f) => f.kvUsed}]},
   {title: "Answers", unit: "per second", ...rates, series: [
     {name: "Good", of: (f) => f.answered}, {name: "Refused (4xx)", of: (f) => f.refused},
-    {name: "Failed or overloaded (5xx)", of: (f) => f.failed}]},
+    {name: "Full or failed (5xx)", of: (f) => f.failed}]},
 ];
 
 let charts = [];
@@ -73,7 +73,7 @@ function drawTiles(s, f) {
     ["Running", count(total(s.requests.running)), cap ? `of about ${cap}` : ""],
     ["Waiting", count(total(s.requests.waiting)), classes(s.requests.waiting)],
     ["KV cache", percent(s.kv.capacity_tokens ? s.kv.used_tokens / s.kv.capacity_tokens : null),
-      `${compact(s.kv.reserved_tokens)} of ${compact(s.kv.capacity_tokens)} promised`],
+      `${compact(s.kv.capacity_tokens)} tokens in all`],
   ];
   const list = $("tiles");
   if (list.children.length !== tiles.length) {
@@ -104,7 +104,7 @@ function drawHealth(s) {
   const running = Object.entries(s.requests.running).map(([name, n]) => `${n} ${name}`).join(", ");
   facts($("health"), [
     ["Engine", s.engine.ready ? "ready" : s.engine.stage, s.engine.ready ? "" : "bad"],
-    ["Replaced", restarts ? `${count(restarts)} times (${reasons(s.engine.restarts)})` : "never"],
+    ["Replaced", restarts ? `${restarts === 1 ? "once" : `${count(restarts)} times`} (${reasons(s.engine.restarts)})` : "never"],
     ...(s.engine.failed_restarts ? [["Failed tries", count(s.engine.failed_restarts), "bad"]] : []),
     ["Models", s.engine.models.join(", ") || none],
     ["Window", s.engine.max_model_len ? `${count(s.engine.max_model_len)} tokens` : none],
