@@ -50,7 +50,7 @@ from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.ladder import LadderSources, LadderWatch
 from server.serving.line_runner import LineRunner
-from server.serving.overview import Overview, Sights, readings
+from server.serving.overview import COUNTERS, HISTOGRAMS, Overview, Sights
 from server.serving.queue import Gate
 from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
@@ -69,6 +69,7 @@ from server.telemetry import metrics
 from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.batches import BatchMetrics
 from server.telemetry.metrics import Metrics
+from server.telemetry.readings import Readings
 from server.telemetry.recent import RecentHappenings
 from server.telemetry.resilience import ResilienceMetrics
 
@@ -152,9 +153,10 @@ def build_application(
         api.include_router(files_router(batching.files, doors.callers))
         api.include_router(batches_router(batching.batches, doors.callers))
     recent = RecentHappenings()
+    readings = Readings(registry, COUNTERS, HISTOGRAMS.values())
     sights = Sights(
-        versions, readings(registry), recent, slot, requests, gate, ladder, store.limiter, doors.desk,
-        UsageDesk(store.usage), batching.batches if settings.batches else None,
+        versions, readings, recent, slot, requests, gate, ladder, store.limiter, doors.desk, UsageDesk(store.usage),
+        batching.batches if settings.batches else None,
     )  # fmt: skip
     api.include_router(overview_router(Overview(sights), doors.operators))
     if settings.console:

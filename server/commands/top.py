@@ -46,7 +46,7 @@ def top(client: OperatorClient, interval: float, once: bool, as_json: bool) -> N
 
 
 def _follow(client: OperatorClient, interval_s: float) -> None:
-    before = client.call("GET", _PATH)
+    before: Snapshot = client.call("GET", _PATH)
     with Live(screen(before, before), screen=True, auto_refresh=False) as live:
         try:
             for after in _snapshots(client, live, interval_s):

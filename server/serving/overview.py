@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry
-
 from server.policy.batches import Batch
 from server.policy.ladder import DESCRIPTIONS, Level
 from server.policy.tenants import Tenant
@@ -48,11 +46,12 @@ _RESTARTS: Final = "tidegate_engine_restarts_total"
 _FAILED_RESTARTS: Final = "tidegate_engine_failed_restarts_total"
 _FALLBACK_UP: Final = "tidegate_fallback_up"
 _FALLBACK_REQUESTS: Final = "tidegate_fallback_requests_total"
-_COUNTERS: Final = (
+# The metrics that an overview shows.
+COUNTERS: Final = (
     _HTTP, _PROMPT, _COMPLETION, _PREEMPTED, _TRUNCATED, _LIMITED, _OVERLOADED, _RESTARTS, _FAILED_RESTARTS,
     _FALLBACK_UP, _FALLBACK_REQUESTS,
 )  # fmt: skip
-_HISTOGRAMS: Final[Mapping[str, str]] = {
+HISTOGRAMS: Final[Mapping[str, str]] = {
     "ttft_s": "vllm:time_to_first_token_seconds",
     "itl_s": "vllm:inter_token_latency_seconds",
     "queue_wait_s": "tidegate_queue_wait_seconds",
@@ -60,11 +59,6 @@ _HISTOGRAMS: Final[Mapping[str, str]] = {
 # Work, in contrast to probes, scrapes and the operator's own calls.
 _WORK_METHOD: Final = "POST"
 _NO_WORK: Final = ("/admin", "/health", "/ping")
-
-
-def readings(registry: CollectorRegistry) -> Readings:
-    """The metrics that an overview shows."""
-    return Readings(registry, _COUNTERS, _HISTOGRAMS.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +101,7 @@ class Overview:
             "requests": self._requests(),
             "kv": self._kv(),
             "counters": _counters(reading),
-            "histograms": {name: _histogram(reading.distribution(metric)) for name, metric in _HISTOGRAMS.items()},
+            "histograms": {name: _histogram(reading.distribution(metric)) for name, metric in HISTOGRAMS.items()},
             "tenants": await self._shown_tenants(),
             "batches": await self._shown_batches(),
             "fallbacks": _fallbacks(reading),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -43,6 +44,7 @@ class Browser:
 
     def click(self, selector: str) -> None:
         self.wait(lambda: self.find(selector).is_displayed(), selector)
+        self.run("arguments[0].scrollIntoView({block: 'center'})", self.find(selector))
         self.find(selector).click()
 
     def type(self, selector: str, text: str) -> None:
@@ -50,7 +52,9 @@ class Browser:
 
     def wait(self, holds: Any, what: str, timeout_s: float = _WAIT_S) -> None:
         """Until `holds()` is true."""
-        WebDriverWait(self.driver, timeout_s, poll_frequency=0.1).until(lambda _: holds(), f"waited for: {what}")
+        redrawn = (StaleElementReferenceException,)
+        waiting = WebDriverWait(self.driver, timeout_s, poll_frequency=0.1, ignored_exceptions=redrawn)
+        waiting.until(lambda _: holds(), f"waited for: {what}")
 
     def run(self, script: str, *arguments: Any) -> Any:
         """The result of a script; a promise is awaited."""
@@ -69,7 +73,8 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """What the browser has logged since the last time: errors of scripts, breaches of the policy, failed loads."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
+        entries: list[dict[str, Any]] = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
+        return [entry["message"] for entry in entries]
 
 
 @contextmanager

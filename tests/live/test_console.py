@@ -126,9 +126,14 @@ def console(tab: Browser, served: Served) -> Iterator[Browser]:
     open_console(tab, served)
     tab.complaints()
     yield tab
-    assert tab.complaints() == []
+    assert [line for line in tab.complaints() if not _asked_without_a_key(line)] == []
     assert not tab.find_all("main img, main script")
     assert "hacked" not in tab.driver.title
+
+
+def _asked_without_a_key(line: str) -> bool:
+    """The chat asks for the models as soon as it is shown; the browser logs the refusal as a failed load."""
+    return "/v1/models" in line and "401" in line
 
 
 def open_console(tab: Browser, served: Served) -> None:
@@ -309,19 +314,16 @@ def test_nobody_asks_for_figures_while_the_page_is_hidden(console: Browser, serv
     def asked() -> int:
         return served.running.log.count('"path": "/admin/overview"')
 
+    seen = asked()
+    console.wait(lambda: asked() >= seen + 2, "figures while it is seen")
     page = console.driver.current_window_handle
-    console.driver.switch_to.new_window("tab")
-    other = console.driver.current_window_handle
-    console.driver.switch_to.window(page)
-    hidden = console.run("return document.hidden")
-    console.driver.switch_to.window(other)
-    time.sleep(2)
+    console.driver.switch_to.new_window("tab")  # which hides the page
+    time.sleep(1)
     before = asked()
     time.sleep(4)
     while_hidden = asked() - before
     console.driver.close()
     console.driver.switch_to.window(page)
-    assert hidden, "this browser does not tell a page that it is hidden"
     assert while_hidden == 0
     console.wait(lambda: asked() > before, "the next figures once it is seen again")
 

@@ -45,6 +45,7 @@ export async function listModels() {
     const listed = await (await tenantCall("models", {key: key()})).json();
     $("chat-model").replaceChildren(...listed.data.map((card) => el("option", {value: card.id}, card.id)));
     if (listed.data.some((card) => card.id === kept)) $("chat-model").value = kept;
+    if (!messages.length) $("chat-log").replaceChildren();
   } catch (error) {
     $("chat-model").replaceChildren();
     note("error", error.message);
