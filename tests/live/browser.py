@@ -17,7 +17,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 # Where pictures go that somebody wants to look at after the run.
-SCREENSHOTS_ENV = "TIDEGATE_TEST_SCREENSHOTS"
+SCREENSHOTS_ENV = "CONSOLE_SCREENSHOTS"
 _WAIT_S = 20.0
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -63,7 +63,7 @@ async function ask() {
   busy(running = new AbortController());
   const answer = bubble("assistant", "");
   const about = el("p", {class: "about", role: "status"}, "waiting…");
-  answer.after(about);
+  following(() => answer.after(about));
   try {
     await stream(answer, about);
   } catch (error) {
@@ -94,13 +94,15 @@ async function stream(answer, about) {
     const words = delta.content ?? delta.reasoning_content ?? delta.reasoning ?? "";
     if (!words) continue;
     first ??= (performance.now() - started) / 1000;
-    append(answer, words);
-    say(about, [`first word after ${duration(first)}`, ...told].join(" · "));
+    following(() => {
+      answer.append(words);
+      say(about, [`first word after ${duration(first)}`, ...told].join(" · "));
+    });
   }
   const seconds = (performance.now() - started) / 1000;
   const counted = usage ? [`${usage.prompt_tokens} + ${usage.completion_tokens} tokens`] : [];
-  say(about, [first === null ? "an empty answer" : `first word after ${duration(first)}`, `${duration(seconds)} in all`,
-    ...counted, ...told].join(" · "));
+  following(() => say(about, [first === null ? "an empty answer" : `first word after ${duration(first)}`,
+    `${duration(seconds)} in all`, ...counted, ...told].join(" · ")));
 }
 
 // The JSON objects of a stream of server-sent events. Comments keep a waiting stream alive and say nothing.
@@ -119,10 +121,11 @@ async function* events(body) {
   }
 }
 
-function append(answer, words) {
+// Change the conversation, and stay at its end if that is where the reader is.
+function following(change) {
   const log = $("chat-log");
-  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-  answer.append(words);
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  change();
   if (atEnd) log.scrollTop = log.scrollHeight;
 }
 

@@ -112,7 +112,7 @@ function drawHealth(s) {
     ["Waiting", Object.entries(s.requests.waiting).map(([name, n]) => `${n} ${name}`).join(", ")],
     ["Limits", s.limits.mode === "redis" ? `in Redis, ${count(s.limits.replicas)} replica${s.limits.replicas === 1 ? "" : "s"}`
       : "in this process alone, while Redis does not answer", s.limits.mode === "redis" ? "" : "bad"],
-    ["Prompts from the cache", cachedShare(s.counters)],
+    ["From the cache", cachedShare(s.counters)],
     ["Preempted", `${compact(s.counters.preemptions)} sequences`],
   ]);
   table($("fallbacks"), "Fallback servers", [{title: "Name"}, {title: "State"}, {title: "Requests"}],
@@ -122,7 +122,7 @@ function drawHealth(s) {
 
 const reasons = (byReason) => Object.entries(byReason).map(([name, n]) => `${count(n)} ${name}`).join(", ");
 
-const cachedShare = (c) => (c.prompt_tokens ? `${percent(c.cached_prompt_tokens / c.prompt_tokens)} of their tokens` : none);
+const cachedShare = (c) => (c.prompt_tokens ? `${percent(c.cached_prompt_tokens / c.prompt_tokens)} of the prompts' tokens` : none);
 
 function drawTenants(tenants) {
   const number = (title) => ({title, number: true});
