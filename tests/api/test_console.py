@@ -1,16 +1,23 @@
 """The console's page and its figures over HTTP, without an engine."""
 
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from openai import OpenAI
 
 from server.api import console
 from server.engine.calls import Call, Reply
+from server.policy.edits import Edits
 from server.policy.refusals import InvalidRequest
+from server.serving.requests import current_request
 from tests.api.running_application import OPERATOR_KEY, running
+from tests.serving.batch_files import jsonl, line
+from tests.serving.chat_operation import ChatOperation
 from tests.serving.fake_stack import FakeStack, Operation, RecordingOperation
 
 CHAT = "/v1/chat/completions"
@@ -152,3 +159,40 @@ def test_a_refusal_is_shown_with_its_reason_and_never_with_what_the_client_sent(
     assert entries["invalid_request_error", COMPLETIONS]["detail"] == "param: prompt"
     assert entries["unsupported_parameter", CHAT]["status"] == 400
     assert "operator" in entries["invalid_api_key", "/admin/overview"]["detail"]
+
+
+def test_a_prompt_that_was_cut_is_shown_with_what_it_lost(store_url: str) -> None:
+    async def cutting(call: Call) -> Reply:
+        del call
+        request = current_request()
+        assert request is not None
+        request.edited(Edits(dropped_messages=3, dropped_tokens=70))
+        return Reply(b"{}", "application/json")
+
+    with running(FakeStack({("POST", CHAT): cutting}), redis_url=store_url) as server:
+        assert server.post(CHAT, json={"messages": []}).headers["x-context-truncated"]
+        (entry,) = server.get("/admin/overview", headers=OPERATOR).json()["recent"]["truncations"]
+    assert (entry["code"], entry["route"], entry["tenant"]) == ("drop_turns", CHAT, "anyone")
+    assert entry["detail"] == "messages=3, tokens=70"
+
+
+def test_a_batch_is_shown_with_its_progress_until_it_ends(store_url: str, tmp_path: Path) -> None:
+    slow = ChatOperation(delay_s=3.0)
+    with running(FakeStack({("POST", CHAT): slow}), redis_url=store_url, data_folder=tmp_path) as server:
+        sdk = OpenAI(base_url=f"{server.base_url}/v1", api_key="EMPTY", max_retries=0)
+        file = sdk.files.create(file=("in.jsonl", jsonl(line(f"id-{n}", "text") for n in range(5))), purpose="batch")
+        batch = sdk.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        rows = until(server, lambda rows: bool(rows) and rows[0]["total"] == 5)
+        assert (rows[0]["id"], rows[0]["tenant"], rows[0]["status"]) == (batch.id, "anyone", "in_progress")
+        assert until(server, lambda rows: not rows) == []
+
+
+def until(server: httpx.Client, holds: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+    """The batches shown, once they are so; they are read again every two seconds."""
+    deadline_s = time.monotonic() + 20
+    while True:
+        rows: list[dict[str, Any]] = server.get("/admin/overview", headers=OPERATOR).json()["batches"]["shown"]
+        if holds(rows):
+            return rows
+        assert time.monotonic() < deadline_s, rows
+        time.sleep(0.1)
