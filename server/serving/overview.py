@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from heapq import nsmallest
 from typing import Any, Final
 
 from server.policy.batches import Batch
@@ -139,27 +140,36 @@ class Overview:
             "used_tokens": round(admission.kv_usage_ratio * capacity),
         }
 
-    async def _read_tenants(self) -> dict[str, tuple[Tenant, TokenCounts]]:
+    async def _read_tenants(self) -> list[tuple[Tenant, TokenCounts]]:
         tenants = await self._sights.tenants.tenants()
         used = await self._sights.usage.today([tenant.name for tenant in tenants])
-        return {tenant.name: (tenant, used[tenant.name]) for tenant in tenants}
+        return [(tenant, used[tenant.name]) for tenant in tenants]
 
     async def _shown_tenants(self) -> dict[str, Any]:
         found, problem = await self._tenants.look()
-        admission = self._sights.gate.admission
-        rows = [
-            {
-                "name": tenant.name,
-                "class": tenant.traffic_class,
-                "running": admission.ledger.places_of(tenant.name),
-                "waiting": admission.backlog.waiting_of(tenant.name),
-                "today": _usage(used),
-                "limits": written_limits(tenant.limits),
-            }
-            for tenant, used in (found or {}).values()
-        ]
-        rows.sort(key=_busiest_first)
-        return {"total": len(rows), "shown": rows[:_MOST_TENANTS], "problem": problem}
+        busiest = nsmallest(_MOST_TENANTS, found or [], key=self._busiest_first)
+        return {"total": len(found or []), "shown": [self._tenant(*one) for one in busiest], "problem": problem}
+
+    def _busiest_first(self, one: tuple[Tenant, TokenCounts]) -> tuple[int, int, str]:
+        tenant, used = one
+        now = self._running(tenant) + self._waiting(tenant)
+        return -now, -(used.prompt_tokens + used.completion_tokens), tenant.name
+
+    def _tenant(self, tenant: Tenant, used: TokenCounts) -> dict[str, Any]:
+        return {
+            "name": tenant.name,
+            "class": tenant.traffic_class,
+            "running": self._running(tenant),
+            "waiting": self._waiting(tenant),
+            "today": asdict(used),
+            "limits": written_limits(tenant.limits),
+        }
+
+    def _running(self, tenant: Tenant) -> int:
+        return self._sights.gate.admission.ledger.places_of(tenant.name)
+
+    def _waiting(self, tenant: Tenant) -> int:
+        return self._sights.gate.admission.backlog.waiting_of(tenant.name)
 
     async def _read_batches(self) -> list[Batch]:
         return [] if self._sights.batches is None else await self._sights.batches.unfinished()
@@ -221,20 +231,6 @@ def _fallbacks(reading: Reading) -> list[dict[str, Any]]:
 def _outcomes(reading: Reading, upstream: str) -> dict[str, int]:
     samples = reading.samples.get(_FALLBACK_REQUESTS, ())
     return {sample.labels["outcome"]: int(sample.value) for sample in samples if sample.labels["upstream"] == upstream}
-
-
-def _usage(used: TokenCounts) -> dict[str, int]:
-    return {
-        "requests": used.requests,
-        "prompt_tokens": used.prompt_tokens,
-        "cached_tokens": used.cached_tokens,
-        "completion_tokens": used.completion_tokens,
-    }
-
-
-def _busiest_first(row: Mapping[str, Any]) -> tuple[int, int, str]:
-    today = row["today"]
-    return -(row["running"] + row["waiting"]), -(today["prompt_tokens"] + today["completion_tokens"]), row["name"]
 
 
 def _batch(batch: Batch) -> dict[str, Any]:

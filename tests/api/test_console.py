@@ -181,7 +181,7 @@ def test_a_batch_is_shown_with_its_progress_until_it_ends(store_url: str, tmp_pa
     with running(FakeStack({("POST", CHAT): slow}), redis_url=store_url, data_folder=tmp_path) as server:
         sdk = OpenAI(base_url=f"{server.base_url}/v1", api_key="EMPTY", max_retries=0)
         file = sdk.files.create(file=("in.jsonl", jsonl(line(f"id-{n}", "text") for n in range(5))), purpose="batch")
-        batch = sdk.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        batch = sdk.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
         rows = until(server, lambda rows: bool(rows) and rows[0]["total"] == 5)
         assert (rows[0]["id"], rows[0]["tenant"], rows[0]["status"]) == (batch.id, "anyone", "in_progress")
         assert until(server, lambda rows: not rows) == []

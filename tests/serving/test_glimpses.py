@@ -15,12 +15,13 @@ class Source:
 
     def __init__(self) -> None:
         self.reads = 0
-        self.now_s = 0.0
+        self.now_s = self.takes_s = 0.0
         self.error: Exception | None = None
         self.hangs = False
 
     async def read(self) -> int:
         self.reads += 1
+        self.now_s += self.takes_s
         if self.hangs:
             await asyncio.Event().wait()
         await asyncio.sleep(0)
@@ -47,6 +48,17 @@ async def test_it_is_read_again_when_it_is_old() -> None:
     source.now_s = 4.9
     assert await glimpse.look() == (1, "")
     source.now_s = 5.0
+    assert await glimpse.look() == (2, "")
+
+
+async def test_what_takes_long_to_read_is_kept_longer() -> None:
+    source = Source()
+    source.takes_s = 1.0
+    glimpse = Glimpse(source.read, 5.0, source.clock)
+    await glimpse.look()
+    source.now_s = 50.9
+    assert await glimpse.look() == (1, "")
+    source.now_s = 51.0
     assert await glimpse.look() == (2, "")
 
 
