@@ -10,7 +10,7 @@ from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from server.commands.operator_client import OperatorClient, operator_options
@@ -22,6 +22,9 @@ _BETWEEN_S: Final = 1.0
 _ROWS: Final = 10
 _LEVEL_STYLES: Final = ("green", "yellow", "yellow", "yellow", "red", "red")
 _PLAIN_WIDTH: Final = 110
+_NUMBERS: Final = frozenset(
+    {"running", "waiting", "requests today", "tokens read", "generated", "done", "failed", "times"}
+)
 
 
 @click.command()
@@ -72,11 +75,9 @@ def screen(before: Snapshot, after: Snapshot) -> RenderableType:
     """One look. Everything that comes from outside is plain text, without control characters."""
     figures = figures_between(before, after)
     parts: list[RenderableType] = [_head(after), Columns([_speed(figures), _load(after), _engine(after)])]
-    parts += [
-        part
-        for part in (_tenants(after["tenants"]), _batches(after["batches"]), _recent(after["recent"]["refusals"]))
-        if part is not None
-    ]
+    for table in (_tenants(after["tenants"]), _batches(after["batches"]), _recent(after["recent"]["refusals"])):
+        if table is not None:
+            parts += [Text(), table]
     return Group(*parts)
 
 
@@ -132,7 +133,7 @@ def _engine(s: Snapshot) -> Panel:
             "replaced": _reasons(engine["restarts"]) or "never",
             "failed tries": str(engine["failed_restarts"]),
             "window": f"{engine['max_model_len']:,} tokens" if engine["max_model_len"] else _NONE,
-            "limits": f"in Redis, {limits['replicas']} replicas" if limits["mode"] == "redis" else "here alone",
+            "limits": f"in Redis (replicas: {limits['replicas']})" if limits["mode"] == "redis" else "here alone",
             "fallbacks": ", ".join(fallbacks) or "none",
             "preempted": f"{s['counters']['preemptions'] or 0:,.0f} sequences",
         },
@@ -171,7 +172,8 @@ def _recent(entries: list[Mapping[str, Any]]) -> Table | None:
 
 
 def _table(*columns: str) -> Table:
-    return Table(*columns, box=None, header_style="dim", padding=(0, 2, 0, 0))
+    heads = (Column(name, justify="right" if name in _NUMBERS else "left") for name in columns)
+    return Table(*heads, box=None, header_style="dim", padding=(0, 2, 0, 0))
 
 
 def _pairs(title: str, pairs: Mapping[str, str]) -> Panel:

@@ -1,7 +1,12 @@
 """`tidegate top` against a real server over HTTP."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -45,6 +50,28 @@ def test_one_look_shows_state_level_and_tenants(server: httpx.Client) -> None:
     ):
         assert words in shown.stdout, words
     assert "\x1b" not in shown.stdout
+
+
+def test_in_a_terminal_it_goes_on_until_it_is_interrupted(server: httpx.Client) -> None:
+    terminal, inside = os.openpty()
+    command = [
+        sys.executable, "-m", "server", "top", "--interval", "0.5", "--url", str(server.base_url), "--operator-key",
+        OPERATOR_KEY,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside)
+    os.close(inside)
+    seen = b""
+    try:
+        while seen.count(b"a-model") < 3:  # drawn again and again
+            seen += os.read(terminal, 4096)
+    finally:
+        process.send_signal(signal.SIGINT)
+    with suppress(OSError):  # Linux says so when the other end is closed
+        while os.read(terminal, 4096):
+            pass
+    os.close(terminal)
+    assert process.wait(20) == 0
+    assert b"Traceback" not in seen
 
 
 def test_the_json_is_what_the_server_gives(server: httpx.Client) -> None:
