@@ -163,7 +163,7 @@ def test_a_wrong_key_is_told_and_the_right_one_opens_the_console(tab: Browser, s
 
 
 def test_charts_have_data_after_some_requests(console: Browser, served: Served) -> None:
-    threads = [threading.Thread(target=served.chat, args=(f"Hello {n}.", 48)) for n in range(12)]
+    threads = [threading.Thread(target=served.chat, args=(f"Hello {n}.", 24)) for n in range(8)]
     for thread in threads:
         thread.start()
     console.wait(lambda: len(console.find_all(".chart:nth-of-type(1) path.line")) >= 2, "lines for tokens in and out")
@@ -225,6 +225,7 @@ def test_the_chat_streams_an_answer_and_tells_what_was_left_out(console: Browser
 
 def say(console: Browser, text: str) -> None:
     """Send a message, and wait for the whole answer."""
+    console.run("document.getElementById('chat-max').value = 24")
     before = len(console.find_all(".about"))
     console.run("document.getElementById('chat-text').value = arguments[0]", text)
     console.click("#chat-send")
@@ -334,7 +335,7 @@ def test_the_terminal_shows_the_same(served: Served, folder: Path) -> None:
         command = [sys.executable, "-m", "server", "top", *args, *where]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
-    busy = threading.Thread(target=served.chat, args=("Hello.", 400))
+    busy = threading.Thread(target=served.chat, args=("Hello.", 48))
     busy.start()
     shown = top("--once")
     busy.join()

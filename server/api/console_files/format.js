@@ -10,7 +10,8 @@ export const none = "–";
 export const count = (n) => (n === null || n === undefined ? none : whole.format(n));
 export const rate = (n) => (n === null || n === undefined ? none : n >= 100 ? whole.format(n) : one.format(n));
 export const compact = (n) => (n === null || n === undefined ? none : n < 10000 ? whole.format(n) : short.format(n));
-export const percent = (share) => (share === null || share === undefined ? none : `${Math.round(share * 100)} %`);
+export const percent = (share) => (share === null || share === undefined ? none
+  : share > 0 && share < 0.01 ? "< 1 %" : `${Math.round(share * 100)} %`);
 export const time = (seconds) => clock.format(new Date(seconds * 1000));
 
 // A short length of time: 12 ms, 3.4 s.
