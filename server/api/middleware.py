@@ -17,8 +17,8 @@ log = structlog.get_logger("server.access")
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _UNROUTED: Final = "unknown"
-# Asked every few seconds by probes and scrapers; their lines would hide the others.
-_PROBES: Final = ("/health", "/ping", "/metrics", "/load")
+# Asked every few seconds by probes, scrapers and consoles; their lines would hide the others.
+_PROBES: Final = ("/health", "/ping", "/metrics", "/load", "/admin/overview", "/console/")
 
 
 class Exchange:

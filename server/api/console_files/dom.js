@@ -28,7 +28,8 @@ export function sayOrHide(node, text) {
   node.hidden = !text;
 }
 
-// A table, drawn again only when its content has changed. Cells are text or `{text, kind}` or elements' makers.
+// A table, drawn again only when its content has changed, and then only its rows: whoever reads or scrolls stays there.
+// A cell is text, `{text, badge}` with the badge's class, or `{text, share}` with a bar.
 export function table(holder, caption, columns, rows, empty) {
   const key = JSON.stringify(rows);
   if (holder.dataset.shown === key) return;
@@ -37,15 +38,20 @@ export function table(holder, caption, columns, rows, empty) {
     holder.replaceChildren(el("p", {class: "empty"}, empty));
     return;
   }
+  const body = el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((cell, i) => drawCell(cell, columns[i], i === 0)))));
+  const before = holder.querySelector("tbody");
+  if (before) {
+    before.replaceWith(body);
+    return;
+  }
   const head = el("tr", {}, ...columns.map((c) => el("th", {scope: "col", class: c.number ? "number" : null}, c.title)));
-  const body = rows.map((row) => el("tr", {}, ...row.map((cell, i) => drawCell(cell, columns[i], i === 0))));
-  const drawn = el("table", {}, el("caption", {class: "hidden-text"}, caption), el("thead", {}, head), el("tbody", {}, ...body));
+  const drawn = el("table", {}, el("caption", {class: "hidden-text"}, caption), el("thead", {}, head), body);
   holder.replaceChildren(el("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": caption}, drawn));
 }
 
 function drawCell(cell, column, first) {
   const plain = typeof cell !== "object" || cell === null;
-  const classes = [column.number ? "number" : "", column.wide ? "wide" : "", plain ? "" : cell.kind || ""].join(" ").trim();
+  const classes = [column.number ? "number" : "", column.wide ? "wide" : ""].join(" ").trim();
   const tag = first ? "th" : "td";
   const node = el(tag, {class: classes || null, scope: first ? "row" : null});
   if (plain) node.append(String(cell ?? ""));
