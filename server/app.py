@@ -17,11 +17,13 @@ from server.api import errors
 from server.api.answer import WireLimits
 from server.api.auth import Callers, OperatorKey, Operators
 from server.api.batches import batches_router
+from server.api.console import console_router, overview_router
 from server.api.edge import Edge, EdgeLimits
 from server.api.errors import Dialect
 from server.api.files import files_router
 from server.api.level import level_router
 from server.api.middleware import Exchange, Reporting
+from server.api.noting import Noting
 from server.api.operators import operators_router
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
@@ -48,6 +50,7 @@ from server.serving.fitting import ContextPolicy, HistoryFitter
 from server.serving.generation import Generation
 from server.serving.ladder import LadderSources, LadderWatch
 from server.serving.line_runner import LineRunner
+from server.serving.overview import COUNTERS, HISTOGRAMS, Overview, Sights
 from server.serving.queue import Gate, Surroundings
 from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
@@ -66,6 +69,8 @@ from server.telemetry import metrics
 from server.telemetry.admission import AdmissionMetrics
 from server.telemetry.batches import BatchMetrics
 from server.telemetry.metrics import Metrics
+from server.telemetry.readings import Readings
+from server.telemetry.recent import RecentHappenings
 from server.telemetry.requests import RequestMetrics
 from server.telemetry.resilience import ResilienceMetrics
 from server.telemetry.traces import Traces
@@ -154,11 +159,20 @@ def build_application(
     if settings.batches:
         api.include_router(files_router(batching.files, doors.callers))
         api.include_router(batches_router(batching.batches, doors.callers))
+    recent = RecentHappenings()
+    readings = Readings(registry, COUNTERS, HISTOGRAMS.values())
+    sights = Sights(
+        versions, readings, recent, slot, requests, gate, ladder, store.limiter, doors.desk, UsageDesk(store.usage),
+        batching.batches if settings.batches else None,
+    )  # fmt: skip
+    api.include_router(overview_router(Overview(sights), doors.operators))
+    if settings.console:
+        api.include_router(console_router())
     api.add_exception_handler(HTTPException, _on_http_exception)
     api.add_exception_handler(Refusal, on_refusal)
     api.add_exception_handler(Exception, _on_error)
     seen = RequestMetrics(gate.admission, registry)
-    asgi: ASGIApp = Exchange(api, Reporting(figures, seen, traces, settings.access_log))
+    asgi: ASGIApp = Exchange(Noting(api, recent), Reporting(figures, seen, traces, settings.access_log))
     if settings.allowed_origins:
         asgi = CORSMiddleware(
             asgi,

@@ -13,6 +13,7 @@ from server import __version__
 from server.commands.batch import batch
 from server.commands.keys import keys
 from server.commands.level import level
+from server.commands.top import top
 from server.settings import (
     SECTIONS,
     SETTINGS_FILE_ENV,
@@ -145,6 +146,7 @@ cli.add_command(
 cli.add_command(keys)
 cli.add_command(batch)
 cli.add_command(level)
+cli.add_command(top)
 
 
 @cli.command()

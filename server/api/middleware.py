@@ -32,8 +32,8 @@ _OUTCOMES: Final[Mapping[int, Outcome]] = {
     errors.CLIENT_CLOSED_REQUEST: "left",
 }
 _UNTRACED: Final = Traced()
-# Asked every few seconds by probes and scrapers; their lines and spans would hide the others.
-_PROBES: Final = ("/health", "/ping", "/metrics", "/load")
+# Asked every few seconds by probes, scrapers and consoles; their lines and spans would hide the others.
+_PROBES: Final = ("/health", "/ping", "/metrics", "/load", "/admin/overview", "/console/")
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,10 @@ class Backlog:
         """How many of a class wait."""
         return sum(len(line.tickets) for line in self._lines.get(traffic_class, _NO_LINES).values())
 
+    def waiting_of(self, tenant: str) -> int:
+        """How many of a tenant wait, in any class."""
+        return sum(len(lines[tenant].tickets) for lines in self._lines.values() if tenant in lines)
+
     def all_tenants(self) -> set[str]:
         """Who waits, in any class."""
         return {name for lines in self._lines.values() for name in lines}

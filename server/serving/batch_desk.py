@@ -73,6 +73,11 @@ class BatchDesk:
             message = f"You have {open_batches} batches that have not ended. Please wait for one of them."
             raise RateLimited(message, retry_after_s=_RETRY_AFTER_S)
 
+    async def unfinished(self) -> list[Batch]:
+        """Every tenant's batches that have not ended, oldest first. Raises `DiskFull` and `OSError` as well."""
+        async with kept_in_redis():
+            return await self._keeping.batches.open(self._keeping.bodies.folder_id())
+
     async def batch(self, tenant: Tenant, batch_id: str) -> Batch:
         """A tenant's own batch. Raises `NotFound`, also for one of somebody else."""
         async with kept_in_redis():

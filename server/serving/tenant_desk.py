@@ -66,6 +66,13 @@ class TenantDesk:
             ]
         return sorted(declared + stored, key=lambda entry: entry.tenant.name)
 
+    async def tenants(self) -> list[Tenant]:
+        """Every tenant, without its keys."""
+        declared = self._declared.tenants
+        async with self._reaching() as records:
+            stored = [found.tenant for found in await records.all() if found.tenant.name not in declared]
+        return [*declared.values(), *stored]
+
     async def entry(self, name: str) -> TenantEntry:
         """One tenant. Raises `NotFound`."""
         if (tenant := self._declared.tenants.get(name)) is not None:

@@ -94,6 +94,7 @@ class Access(BaseModel):
         (), description="Open an engine field to clients; repeatable. `headers` opens X-Vllm-Priority and its like."
     )
     developer_routes: bool = Field(False, description="Mount vLLM's developer and cluster routes.")
+    console: bool = Field(True, description="Serve the operator's console at /console.")
     docs: bool = Field(
         True, description="Serve /docs and /openapi.json.", json_schema_extra={"off": "--disable-fastapi-docs"}
     )

@@ -48,6 +48,16 @@ def test_a_tenant_reads_its_own_usage_by_model(server: httpx.Client, stored: Red
     assert server.get("/admin/tenants/search/usage", headers=OPERATOR).json() == body
 
 
+def test_the_overview_sums_a_tenants_day_over_its_models(server: httpx.Client, stored: Redis) -> None:
+    used(stored, "b", 5, 7)
+    used(stored, "org/a|1", 100, 50, cached=64)
+    server.post("/admin/tenants", json={"name": "idle"}, headers=OPERATOR)
+    shown = server.get("/admin/overview", headers=OPERATOR).json()["tenants"]["shown"]
+    today = {"requests": 2, "prompt_tokens": 105, "cached_tokens": 64, "completion_tokens": 57}
+    assert [row["name"] for row in shown] == ["search", "idle"]
+    assert shown[0]["today"] == today
+
+
 def test_a_tenant_that_has_used_nothing_has_zeros(server: httpx.Client) -> None:
     assert server.get("/v1/usage").json()["today"]["total_tokens"] == 0
 

@@ -1,0 +1,77 @@
+"""Notes what was refused and what was shortened, when a request ends, for the operator's console."""
+
+from typing import Any, Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.api import errors
+from server.policy.edits import Edits
+from server.policy.refusals import InvalidRequest, Refusal, UnprocessableContent
+from server.serving.requests import OpenRequest
+from server.telemetry.recent import Happening, RecentHappenings
+
+_UNROUTED: Final = "unknown"
+# The words of these may be vLLM's or pydantic's, who quote what the client sent.
+_QUOTING: Final = (InvalidRequest, UnprocessableContent)
+_TOLD: Final = 200
+
+
+class Noting:
+    """Plain ASGI middleware inside `Exchange`. Whoever turns a refusal into an answer leaves it in the state."""
+
+    def __init__(self, app: ASGIApp, recent: RecentHappenings) -> None:
+        self._app = app
+        self._recent = recent
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if scope["type"] == "http":
+                self._note(scope)
+
+    def _note(self, scope: Scope) -> None:
+        state: dict[str, Any] = scope["state"]
+        refusal: Refusal | None = state.get("refusal")
+        opened: OpenRequest | None = state.get("open_request")
+        if refusal is not None:
+            self._recent.note(_refused(refusal, scope))
+        if opened is not None and opened.edits:
+            self._recent.note(_shortened(opened.edits, scope))
+
+
+def _refused(refusal: Refusal, scope: Scope) -> Happening:
+    form = errors.wire(refusal)
+    quotes = type(refusal) in _QUOTING
+    detail = f"param: {refusal.param}" if quotes and refusal.param else "" if quotes else refusal.message
+    return Happening(
+        kind="refusal",
+        code=form.code or form.type,
+        route=_route(scope),
+        tenant=_tenant(scope),
+        status=form.status,
+        detail=detail,
+        request_id=scope["state"]["request_id"],
+    )
+
+
+def _shortened(edits: Edits, scope: Scope) -> Happening:
+    parts = [edits.header(), f"max_tokens {edits.max_tokens[0]} → {edits.max_tokens[1]}" if edits.max_tokens else None]
+    return Happening(
+        kind="truncation",
+        code=str(edits.applied()[0]["type"]),
+        route=_route(scope),
+        tenant=_tenant(scope),
+        status=_TOLD,
+        detail="; ".join(part for part in parts if part),
+        request_id=scope["state"]["request_id"],
+    )
+
+
+def _route(scope: Scope) -> str:
+    return str(getattr(scope.get("route"), "path", _UNROUTED))
+
+
+def _tenant(scope: Scope) -> str:
+    tenant = scope["state"].get("tenant")
+    return "" if tenant is None else str(tenant.name)
