@@ -17,7 +17,7 @@ RUN apt-get update \
 
 # Only the list of packages is copied here: a change of our code reuses this layer.
 FROM base AS cpu-packages
-# For indexes of your own; pip reads both. PyTorch's CPU builds are in an index of their own.
+# For indexes of your own; pip reads them. PyTorch's CPU builds are in an index of their own.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 ARG PIP_FIND_LINKS
@@ -25,15 +25,18 @@ ARG PIP_TRUSTED_HOST
 RUN python3 -m venv /opt/tidegate
 COPY locks/cpu.txt /build/locks/
 RUN pip install --no-deps --requirement /build/locks/cpu.txt
-COPY pyproject.toml LICENSE README.md /build/
-COPY server /build/server
-RUN pip install --no-deps --no-build-isolation /build
 
-# The embedded model, for images that start without a network. `--build-arg EMBEDDED_MODEL=no` leaves it out.
+# The embedded model, so that a container starts without a network. `--build-arg EMBEDDED_MODEL=no` leaves it out.
+# Of our code it takes the files that make the model, and no other: they seldom change.
 FROM cpu-packages AS cpu-model
 ARG EMBEDDED_MODEL=yes
+COPY server/__init__.py /build/server/
+COPY server/engine/__init__.py server/engine/embedded_model.py server/engine/start_failures.py /build/server/engine/
 RUN mkdir -p /opt/tidegate-cache \
-    && if [ "$EMBEDDED_MODEL" = yes ]; then XDG_CACHE_HOME=/opt/tidegate-cache tidegate model fetch; fi
+    && if [ "$EMBEDDED_MODEL" = yes ]; then \
+        cd /build && XDG_CACHE_HOME=/opt/tidegate-cache \
+        python3 -c 'from server.engine.embedded_model import ensure_embedded_model as make; make()'; \
+    fi
 
 # The user, the folders and the way it starts: the same in both images.
 FROM base AS runtime
@@ -50,8 +53,8 @@ ENV HOME=/var/lib/tidegate \
     VLLM_NO_USAGE_STATS=1 \
     XDG_CACHE_HOME=/opt/tidegate-cache
 RUN useradd --system --uid 10001 --user-group --home-dir /var/lib/tidegate --no-create-home tidegate \
-    && install -d -o tidegate -g tidegate /var/lib/tidegate /var/cache/tidegate /models /models/huggingface \
-    && install -d -o tidegate -g tidegate /opt/tidegate-cache && install -d /run/secrets
+    && install -d -o tidegate -g tidegate /var/lib/tidegate /var/cache/tidegate /models /opt/tidegate-cache \
+    && install -d /run/secrets
 COPY docker/healthcheck.py /usr/local/lib/tidegate/healthcheck.py
 WORKDIR /var/lib/tidegate
 EXPOSE 8000
@@ -64,9 +67,13 @@ CMD ["serve"]
 FROM runtime AS cpu
 COPY --from=cpu-packages /opt/tidegate /opt/tidegate
 COPY --from=cpu-model --chown=10001:10001 /opt/tidegate-cache /opt/tidegate-cache
+COPY pyproject.toml LICENSE README.md /build/
+COPY server /build/server
+RUN pip install --no-deps --no-build-isolation /build
 USER 10001:10001
 
 # vLLM's CUDA build. The driver comes from the machine, through NVIDIA's container runtime.
+# Without our code, this installs what pyproject.toml names: many GB that a change of our code shall not load again.
 FROM base AS gpu-packages
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -74,13 +81,13 @@ ARG PIP_FIND_LINKS
 ARG PIP_TRUSTED_HOST
 RUN python3 -m venv /opt/tidegate
 COPY pyproject.toml LICENSE README.md /build/
-# Without our code, this installs what pyproject.toml names: many GB that a change of our code shall not load again.
 RUN pip install '/build[gpu]'
-COPY server /build/server
-RUN pip install --no-deps --force-reinstall /build
 
 FROM runtime AS gpu
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=gpu-packages /opt/tidegate /opt/tidegate
+COPY pyproject.toml LICENSE README.md /build/
+COPY server /build/server
+RUN pip install --no-deps --no-build-isolation --force-reinstall /build
 USER 10001:10001
