@@ -6,6 +6,8 @@ from typing import Any, Final
 
 import yaml
 
+from server.settings import Settings
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 DOCKER: Final = ROOT / "docker"
 COMPOSE_FILE: Final = DOCKER / "compose.yaml"
@@ -35,3 +37,9 @@ def variables() -> dict[str, str]:
     # A name in an environment without a value is passed on.
     passed_on = re.findall(r"^ +([A-Z_]+):$", text, flags=re.MULTILINE)
     return {**named, **dict.fromkeys(passed_on, "")}
+
+
+def leaving_s() -> float:
+    """Seconds that the server may take to leave, if nobody sets it."""
+    fields = Settings.model_fields
+    return float(fields["drain_timeout_s"].default + fields["drain_delay_s"].default)

@@ -1,4 +1,4 @@
-"""A person at Open WebUI, played by headless Chromium. Runs in an environment that has `playwright`; needs nothing else.
+"""A person at Open WebUI, played by headless Chromium. Needs `playwright`, and nothing of ours.
 
 Each line on standard input is an order `{"do": "chat", "text": …, "expect": …, "picture": …}`; each is answered by one
 line of JSON with what the page shows.

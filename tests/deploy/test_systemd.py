@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.settings import Settings
-from tests.deploy.compose_file import ROOT
+from tests.deploy.compose_file import ROOT, leaving_s
 
 UNIT = (ROOT / "deploy" / "systemd" / "tidegate.service").read_text(encoding="utf-8")
 
@@ -29,7 +28,7 @@ def test_systemd_finds_nothing_to_say_about_the_unit(tmp_path: Path) -> None:
 def test_the_server_may_drain_before_systemd_kills_it() -> None:
     found = re.search(r"^TimeoutStopSec=(\d+)$", UNIT, flags=re.MULTILINE)
     assert found is not None
-    assert int(found[1]) > Settings().drain_timeout_s + Settings().drain_delay_s
+    assert int(found[1]) > leaving_s()
 
 
 def test_an_engine_is_ended_by_its_server_and_not_by_systemd() -> None:
