@@ -153,7 +153,7 @@ def sample(server: RunningServer, name: str) -> float:
 
 def errors_are_told_in_words(person: Person, server: RunningServer) -> None:
     """Each error is on the page in the server's own words."""
-    person.says("word " * 9000, "3-too-long.png", expect="tokens")
+    person.says("word " * 9000, "3-too-long.png", expect="maximum context length")
     operator(server, "PATCH", f"tenants/{TENANT}", {"limits": {"requests_per_minute": 1}})
     person.says("Hello.", "4-limit-429.png", expect="Please try again in")
     operator(server, "PATCH", f"tenants/{TENANT}", {"limits": {"requests_per_minute": None}})
