@@ -99,7 +99,7 @@ def chat_page(program: Path, folder: Path, server: RunningServer, key: str) -> I
         "WEBUI_SECRET_KEY": "for-this-run",
     }
     url = f"http://127.0.0.1:{PORT}"
-    command = [program, "serve", "--host", "127.0.0.1", "--port", str(PORT)]
+    command = [str(program), "serve", "--host", "127.0.0.1", "--port", str(PORT)]
     with (folder / "open-webui.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
     try:

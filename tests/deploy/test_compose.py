@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -73,3 +74,20 @@ def test_make_secrets_writes_a_key_for_both_and_keeps_it(tmp_path: Path) -> None
     assert re.fullmatch(r"tidegate-[0-9a-f]{48}", key)
     assert (secrets / "tidegate_api_key").read_text() == key == (secrets / "webui_api_key").read_text()
     assert (secrets / "tidegate_api_key").stat().st_mode & 0o777 == 0o644
+
+
+def test_what_the_monitoring_mounts_is_there() -> None:
+    """All but Prometheus's own files and Grafana's, which have tests of their own."""
+    mounted = [str(volume).split(":")[0] for volume in services()["alertmanager"]["volumes"]]
+    assert [path for path in mounted if path.startswith(("./", "../")) and not (DOCKER / path).exists()] == []
+
+
+AMTOOL = shutil.which("amtool")
+
+
+@pytest.mark.skipif(AMTOOL is None, reason="amtool is not installed (Debian: prometheus-alertmanager)")
+def test_alertmanager_takes_its_configuration() -> None:
+    assert AMTOOL is not None
+    file = DOCKER.parent / "deploy" / "monitoring" / "alertmanager.yaml"
+    checked = subprocess.run([AMTOOL, "check-config", file], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
