@@ -14,6 +14,7 @@ from benchmarks import (
     limits,
     long_chat,
     overload,
+    replicas,
     serving,
     start_up,
 )
@@ -37,6 +38,7 @@ benchmarks.add_command(front_end.command)
 benchmarks.add_command(overload.command)
 benchmarks.add_command(limits.command)
 benchmarks.add_command(batch_gaps.command)
+benchmarks.add_command(replicas.command)
 
 
 if __name__ == "__main__":

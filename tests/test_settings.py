@@ -208,3 +208,53 @@ def test_a_flag_is_the_fields_name_unless_vllm_calls_it_otherwise() -> None:
 
 def test_a_setting_of_ours_in_the_vllm_table_is_refused_and_not_ignored(settings_file: SettingsFile) -> None:
     assert "port" in sentence({}, settings_file("[vllm]\nport = 9000"))
+
+
+@pytest.fixture
+def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    monkeypatch.setenv("TIDEGATE_SECRETS", str(folder))
+    return folder
+
+
+def test_a_secret_is_a_file_with_the_name_of_its_variable(secrets: Path) -> None:
+    (secrets / "tidegate_api_key").write_text("one,two\n")
+    (secrets / "tidegate_redis_url").write_text("redis://:pass@redis:6379/0\n")
+    (secrets / "somebody_elses").write_text("nothing of ours")
+    settings = load_settings({}, None)
+    assert settings.api_key == ("one", "two")
+    assert settings.redis_url == "redis://:pass@redis:6379/0"
+
+
+def test_a_variable_beats_a_secret_and_a_secret_beats_the_file(
+    secrets: Path, settings_file: SettingsFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (secrets / "tidegate_operator_key").write_text("from-the-secrets-folder")
+    (secrets / "tidegate_redis_url").write_text("redis://secret")
+    monkeypatch.setenv("TIDEGATE_REDIS_URL", "redis://variable")
+    settings = load_settings({}, settings_file('operator_key = "from-the-settings-file"'))
+    assert (settings.operator_key, settings.redis_url) == ("from-the-secrets-folder", "redis://variable")
+
+
+def test_a_secrets_folder_as_kubernetes_mounts_it_is_read(secrets: Path) -> None:
+    (secrets / "..2026").mkdir()
+    (secrets / "..2026" / "tidegate_api_key").write_text("key")
+    (secrets / "..data").symlink_to("..2026")
+    (secrets / "tidegate_api_key").symlink_to("..data/tidegate_api_key")
+    assert load_settings({}, None).api_key == ("key",)
+
+
+def test_a_misspelled_secret_is_refused_with_the_right_name(secrets: Path) -> None:
+    (secrets / "tidegate_api_keys").write_text("key")
+    assert "Did you mean tidegate_api_key?" in sentence({})
+
+
+def test_a_secrets_folder_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TIDEGATE_SECRETS", str(tmp_path / "nowhere"))
+    assert "named by TIDEGATE_SECRETS, cannot be read" in sentence({})
+
+
+def test_the_value_of_a_wrong_secret_is_not_told(secrets: Path) -> None:
+    (secrets / "tidegate_operator_key").write_text("too-short")
+    assert "too-short" not in sentence({})

@@ -1,6 +1,7 @@
-"""Every setting, from flag, environment (`TIDEGATE_*`) or TOML file, in that order of precedence.
+"""Every setting, from flag, environment (`TIDEGATE_*`), secrets folder or TOML file, in that order of precedence.
 
 The same name everywhere: the field `max_body_mib` is `--max-body-mib`, `TIDEGATE_MAX_BODY_MIB` and `max_body_mib = 8`.
+A file in the folder that `TIDEGATE_SECRETS` names is called like the variable, in small letters: `tidegate_api_key`.
 """
 
 import difflib
@@ -51,6 +52,7 @@ __all__ = [
 
 ENV_PREFIX: Final = "TIDEGATE_"
 SETTINGS_FILE_ENV: Final = f"{ENV_PREFIX}SETTINGS"
+SECRETS_FOLDER_ENV: Final = f"{ENV_PREFIX}SECRETS"
 FALLBACK_API_KEY_ENV: Final = f"{ENV_PREFIX}FALLBACK_API_KEY"
 _SECRET: Final = frozenset({"api_key", "operator_key"})
 
@@ -78,9 +80,9 @@ class Settings(
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # the base class names it
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, file_secret_settings, TomlConfigSettingsSource(settings_cls)
 
     @property
     def fallbacks(self) -> tuple[FallbackUpstream, ...]:
@@ -106,13 +108,13 @@ class Settings(
 
 
 def load_settings(flags: Mapping[str, Any], file: Path | None) -> Settings:
-    """Settings from the given flags, the environment and the file. Raises `SettingsError`."""
-    apart = {SETTINGS_FILE_ENV, FALLBACK_API_KEY_ENV}
+    """Settings from the given flags, the environment, its secrets folder and the file. Raises `SettingsError`."""
+    apart = {SETTINGS_FILE_ENV, SECRETS_FOLDER_ENV, FALLBACK_API_KEY_ENV}
     ours = (name for name in os.environ if name.startswith(ENV_PREFIX) and name not in apart)
     _refuse_unknown(ours, "environment variable", _env_name)
 
     class FromFile(Settings):
-        model_config = SettingsConfigDict(toml_file=_checked(file))
+        model_config = SettingsConfigDict(toml_file=_checked(file), secrets_dir=_secrets_folder())
 
     try:
         settings = FromFile(**flags)
@@ -167,6 +169,25 @@ def _checked(file: Path | None) -> Path | None:
         raise SettingsError(f"The settings file {file} is not valid TOML: {error}.") from error
     _refuse_unknown(keys, f"key in {file}", str)
     return file
+
+
+def _secrets_folder() -> Path | None:
+    """The folder of secrets, with every secret in it readable and known."""
+    if not (given := os.environ.get(SECRETS_FOLDER_ENV)):
+        return None
+    folder = Path(given)
+    try:
+        files = [file for file in folder.iterdir() if file.name.lower().startswith(ENV_PREFIX.lower())]
+        _refuse_unknown(
+            (file.name.lower() for file in files), f"secret in {folder}", lambda field: _env_name(field).lower()
+        )
+        for file in files:
+            file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"The secrets in {folder}, named by {SECRETS_FOLDER_ENV}, cannot be read: {error}."
+        ) from error
+    return folder
 
 
 def _refuse_unknown(names: Iterable[str], kind: str, spelled: Callable[[str], str]) -> None:
