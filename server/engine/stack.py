@@ -36,6 +36,7 @@ from server.engine.processes import EngineFamily, pids_of
 from server.engine.seams import SeamedEngine, Seams, open_renderer_seam
 from server.engine.start_failures import StartContext, StartFailure, explain
 from server.engine.steps import StepCounter, step_counter
+from server.engine.traits import Traits
 from server.policy.objectives import Unloaded
 from server.policy.refusals import Refusal
 from server.policy.reservations import Capacity
@@ -92,6 +93,7 @@ class Stack:
     uses_tools: bool
     capacity: Capacity
     unloaded: Unloaded | None
+    traits: Traits
 
     @property
     def alive(self) -> bool:
@@ -284,6 +286,12 @@ async def _build_on(
         uses_tools=arguments.uses_tools,
         capacity=capacity_of(config),
         unloaded=await measure_unloaded(engine) if "generate" in tasks else None,
+        traits=Traits(
+            model_type=getattr(config.model_config.hf_config, "model_type", ""),
+            generates="generate" in tasks,
+            reasons=bool(args.reasoning_parser),
+            sees=config.model_config.is_multimodal_model,
+        ),
     )
     _log_window(stack, asked=args.max_model_len)
     enable_envs_cache()  # vLLM reads its environment at every token; its own cache is for the engine's processes only
