@@ -129,7 +129,7 @@ class Lines:
         """The next lines. Raises the `Refusal` that stands in an error frame."""
         while not self._over:
             try:
-                frame = await anext(self._reply.frames)  # type: ignore[call-overload]  # it has `__anext__`, no more
+                frame = await anext(self._reply.frames)
             except StopAsyncIteration:
                 self._over = True
                 return self._ending()

@@ -24,6 +24,7 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.transformers_utils.config import get_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from server.engine.adapters import complete_adapters
 from server.engine.chat_templates import read_chat_template
 from server.engine.parsers import choose_parsers
 from server.engine.start_failures import StartFailure
@@ -142,6 +143,7 @@ def complete_arguments(args: Namespace) -> EngineArguments:
         _complete_cpu(args)
     parser_named = args.tool_call_parser is not None
     uses_tools = _complete_parsers(args, config)
+    complete_adapters(args)
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:

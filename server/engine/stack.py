@@ -27,6 +27,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.func_utils import _supports_kw
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
+from server.engine.adapters import check_before_loading
 from server.engine.arguments import EngineArguments, complete_arguments, parse_arguments, with_usable_parsers
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.engine.figures import EngineFigures, capacity_of, measure_unloaded
@@ -269,6 +270,7 @@ async def _build_on(
     await engine.reset_mm_cache()  # vLLM does the same: dummy inputs of its memory profiling stay behind otherwise
     tasks = await engine.get_supported_tasks()
     await init_app_state(engine, state, args, tasks)
+    check_before_loading(state.openai_serving_models, args)
     await open_renderer_seam(state.online_renderer, engine.seams, request.count_cache_entries)
     parser_is_borrowed = not arguments.uses_tools and not arguments.parser_named and not args.reasoning_parser
     _lighten(state, parse_tools_only=parser_is_borrowed, fast_streams=request.fast_streams)

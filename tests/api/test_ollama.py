@@ -82,6 +82,10 @@ def _reply(answer: dict[str, Any]) -> Reply:
     return Reply(json.dumps(answer).encode(), "application/json")
 
 
+def streamed(client: ollama.Client) -> list[ollama.ChatResponse]:
+    return list(client.chat("a-model", HI, stream=True))
+
+
 async def models(_: Call) -> Reply:
     cards = [
         {"id": "a-model", "created": 1_700_000_000},
@@ -174,13 +178,15 @@ def test_options_that_are_ignored_are_named_in_the_head(ask: Ask) -> None:
     assert answer.headers["x-options-ignored"] == "mirostat,num_ctx"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_error_before_the_first_token_is_a_status_with_a_sentence(ask: Ask, stream: bool) -> None:
+@pytest.mark.parametrize("ask_for", [lambda client: client.chat("a-model", HI), streamed], ids=["whole", "stream"])
+def test_an_error_before_the_first_token_is_a_status_with_a_sentence(
+    ask: Ask, ask_for: Callable[[ollama.Client], Any]
+) -> None:
     async def too_long(_: Call) -> Reply:
         raise ContextLengthExceeded("The chat is too long.")
 
     with pytest.raises(ollama.ResponseError) as raised:
-        list(ask(too_long).chat("a-model", HI, stream=stream))
+        ask_for(ask(too_long))
     assert (raised.value.status_code, raised.value.error) == (400, "The chat is too long.")
 
 
