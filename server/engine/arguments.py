@@ -28,13 +28,11 @@ from server.engine.adapters import complete_adapters
 from server.engine.chat_templates import read_chat_template
 from server.engine.parsers import choose_parsers
 from server.engine.start_failures import StartFailure
+from server.policy.sizing import cpu_kv_cache_bytes
 
 log = structlog.get_logger(__name__)
 
 _GIB: Final = 1 << 30
-# A CPU machine's memory is shared with everything else on it; a quarter leaves room for weights and the system.
-_CPU_KV_CACHE_SHARE: Final = 0.25
-_CPU_KV_CACHE_MAX_BYTES: Final = 4 * _GIB
 _AUTO_TENSOR_PARALLEL: Final = 0
 # Forced calls are made by the engine's grammar, on any model; vLLM wants a parser for them all the same, and this
 # one needs no tokens of its own.
@@ -181,8 +179,7 @@ def _auto_tensor_parallel(text_config: PretrainedConfig) -> int:
 def _complete_cpu(args: Namespace) -> None:
     named = args.kv_cache_memory_bytes is not None or "VLLM_CPU_KVCACHE_SPACE" in os.environ
     if not named and args.gpu_memory_utilization == AsyncEngineArgs.gpu_memory_utilization:
-        share = int(psutil.virtual_memory().total * _CPU_KV_CACHE_SHARE)
-        args.kv_cache_memory_bytes = min(share, _CPU_KV_CACHE_MAX_BYTES)
+        args.kv_cache_memory_bytes = cpu_kv_cache_bytes(psutil.virtual_memory().total)
         log.info("CPU KV cache size chosen", gib=round(args.kv_cache_memory_bytes / _GIB, 1))
     ranks = args.tensor_parallel_size
     if ranks > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.live.running_server import RunningServer, run_serve, start_server
+from tests.live.running_server import RunningServer, run_doctor, run_serve, start_server
 from tests.models.tiny_adapter import make_tiny_adapter
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -78,3 +78,8 @@ def test_a_start_with_an_adapter_of_another_model_says_what_to_do(tiny_tools_mod
     last = ended.stderr.strip().splitlines()[-1]
     assert "belongs to another model" in last
     assert "/training/machine/tiny-llama" in last
+
+
+def test_the_doctor_knew_how_much_would_fit(adapted: RunningServer, tiny_tools_model: Path) -> None:
+    said = run_doctor(str(tiny_tools_model))["model"]["plans"][0]["kv_tokens"]
+    assert said == pytest.approx(adapted.kv_tokens, rel=0.05)
