@@ -8,6 +8,7 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, NoReturn
 
 import psutil
@@ -150,6 +151,7 @@ def complete_arguments(args: Namespace) -> EngineArguments:
 
 
 def _model_config(args: Namespace) -> PretrainedConfig:
+    _refuse_other_files(args.model)
     try:
         return get_config(args.hf_config_path or args.model, args.trust_remote_code, args.revision)
     except (OSError, ValueError) as error:
@@ -157,6 +159,17 @@ def _model_config(args: Namespace) -> PretrainedConfig:
             f"The model {args.model!r} could not be loaded: {_first_sentence(error)} "
             "Give a folder with a config.json, or the name of a model that can be downloaded."
         ) from error
+
+
+def _refuse_other_files(model: str) -> None:
+    """Name what people take for a model: vLLM's own words would be about a configuration that is missing."""
+    if model.endswith(".gguf"):
+        raise StartFailure(
+            f"{model} is a GGUF file, for which vLLM 0.32 has no reader. Serve the model's safetensors, or unpack the "
+            "file first: docs/models.md says how."
+        )
+    if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
+        raise StartFailure(f"{model} is a LoRA adapter. Serve its base model with --lora-modules NAME={model}.")
 
 
 def _first_sentence(error: Exception) -> str:

@@ -13,6 +13,7 @@ _LAYER_KINDS: Final[Mapping[str, LayerKind]] = {
     "sliding_attention": "window",
     "chunked_attention": "window",
 }
+_WITHOUT_WINDOW: Final[Mapping[str, LayerKind]] = {"sliding_attention": "full", "chunked_attention": "full"}
 # Models whose configuration leaves the pattern to the code: every n-th layer is a full one.
 _FULL_LAYER_EVERY: Final[Mapping[str, int]] = {
     "gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2,
@@ -155,14 +156,15 @@ def _feed_forward(text: Mapping[str, Any], shape: ModelShape, layer: int) -> int
 def _layers(text: Mapping[str, Any], count: int) -> tuple[LayerKind, ...]:
     named = text.get("layer_types") or text.get("layers_block_type")
     if isinstance(named, Sequence) and not isinstance(named, str) and named:
-        kinds = tuple(_LAYER_KINDS.get(str(kind), "state") for kind in named[:count])
-        return tuple("full" if kind == "window" and _window(text) is None else kind for kind in kinds)
+        known = {**_LAYER_KINDS, **({} if _window(text) else _WITHOUT_WINDOW)}
+        return tuple(known.get(str(kind), "state") for kind in named[:count])
     if _window(text) is None:
         return ("full",) * count
     every = _optional(text, "sliding_window_pattern") or _FULL_LAYER_EVERY.get(str(text.get("model_type", "")))
     if every is None:
         return ("window",) * count
-    return tuple("full" if (layer + 1) % every == 0 else "window" for layer in range(count))
+    kinds: tuple[LayerKind, LayerKind] = ("window", "full")
+    return tuple(kinds[(layer + 1) % every == 0] for layer in range(count))
 
 
 def _window(text: Mapping[str, Any]) -> int | None:
