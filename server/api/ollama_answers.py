@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ class Saying:
             return Reply(_line(self._embedded(answer)), _JSON, reply.headers)
         choice = answer["choices"][0]
         message = choice.get("message") or {"content": choice.get("text")}
-        calls = [_called(call["function"]) for call in message.get("tool_calls") or ()]
+        calls = _called(message.get("tool_calls") or ())
         said = self._said(message, calls, choice.get("logprobs"))
         last = self.last(choice.get("finish_reason"), answer.get("usage") or {})
         return Reply(_line({**said, **last}), _JSON, reply.headers)
@@ -49,9 +49,9 @@ class Saying:
         """A line of a stream: some text, some thinking, or both."""
         return {**self._said(delta, [], logprobs), "done": False}
 
-    def calls(self, functions: list[Mapping[str, Any]]) -> dict[str, Any]:
+    def calls(self, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The line with the tool calls of a stream, which Ollama's clients expect whole."""
-        return {**self._said({"content": ""}, [_called(function) for function in functions]), "done": False}
+        return {**self._said({"content": ""}, _called(calls)), "done": False}
 
     def last(
         self, finish_reason: str | None, usage: Mapping[str, Any], first_token_s: float | None = None
@@ -120,7 +120,7 @@ class Lines:
         self._first_token_s: float | None = None
         self._finish_reason: str | None = None
         self._usage: Mapping[str, Any] = {}
-        self._calls: dict[int, dict[str, str]] = {}
+        self._calls: dict[int, dict[str, Any]] = {}
 
     def __aiter__(self) -> "Lines":
         return self
@@ -166,28 +166,35 @@ class Lines:
         return _line(self._saying.part(delta, choice.get("logprobs"))) if is_first or speaks else b""
 
     def _gather(self, call: Mapping[str, Any]) -> None:
-        whole = self._calls.setdefault(call.get("index", 0), {"name": "", "arguments": ""})
-        function = call.get("function") or {}
-        whole["name"] += function.get("name") or ""
-        whole["arguments"] += function.get("arguments") or ""
+        whole = self._calls.setdefault(call.get("index", 0), {"id": None, "function": {"name": "", "arguments": ""}})
+        whole["id"] = whole["id"] or call.get("id")
+        for name, part in (call.get("function") or {}).items():
+            whole["function"][name] = whole["function"].get(name, "") + (part or "")
 
     def _ending(self) -> bytes:
         calls = [call for _, call in sorted(self._calls.items())]
-        said = _line(self._saying.calls(list(calls))) if calls else b""
+        said = _line(self._saying.calls(calls)) if calls else b""
         figures = self._saying.last(self._finish_reason, self._usage, self._first_token_s)
         return said + _line({**self._saying.closing(), **figures})
 
 
-def _called(function: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call with its arguments as an object. Those that are none (an answer cut short) go as text."""
+def _called(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Tool calls, numbered, with their arguments as objects."""
+    functions = [(call.get("id"), call.get("function") or {}) for call in calls]
+    return [
+        {"id": call_id, "function": {"index": i, "name": function.get("name"), "arguments": _arguments(function)}}
+        for i, (call_id, function) in enumerate(functions)
+    ]
+
+
+def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as an object. What is none, as in an answer that was cut short, goes as text under an empty name."""
     written = function.get("arguments") or "{}"
     try:
         arguments = json.loads(written)
     except json.JSONDecodeError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        arguments = {"": written}
-    return {"function": {"name": function.get("name"), "arguments": arguments}}
+        return {"": written}
+    return arguments if isinstance(arguments, dict) else {"": written}
 
 
 def _error_text(answer: Any) -> str:

@@ -73,6 +73,7 @@ class _Function(BaseModel):
 
 class _ToolCall(BaseModel):
     function: _Function
+    id: str | None = None
 
 
 class _Message(BaseModel):
@@ -85,6 +86,7 @@ class _Message(BaseModel):
     tool_calls: list[_ToolCall] | None = None
     tool_name: str | None = None
     name: str | None = None
+    tool_call_id: str | None = None
 
 
 class _Generating(_Body):
@@ -252,7 +254,8 @@ def _refuse_unsupported(asked: GenerateBody) -> None:
 
 
 def _messages(messages: Sequence[_Message]) -> list[dict[str, Any]]:
-    """Ollama's messages name no tool calls by id: each result belongs to the first open call of its tool."""
+    """Messages with an id for each tool call. Where a client gives none, a result belongs to the first open call of
+    its tool."""
     spoken: list[dict[str, Any]] = []
     open_calls: list[tuple[str, str]] = []  # tool, id
     for number, message in enumerate(messages):
@@ -260,21 +263,24 @@ def _messages(messages: Sequence[_Message]) -> list[dict[str, Any]]:
         if message.thinking:
             one["reasoning"] = message.thinking
         if message.tool_calls:
-            open_calls = [(call.function.name, f"call_{number}_{i}") for i, call in enumerate(message.tool_calls)]
-            one["tool_calls"] = [
-                _call(call.function, call_id) for call, (_, call_id) in zip(message.tool_calls, open_calls, strict=True)
-            ]
+            calls = [(call.function, call.id or f"call_{number}_{i}") for i, call in enumerate(message.tool_calls)]
+            open_calls = [(function.name, call_id) for function, call_id in calls]
+            one["tool_calls"] = [_call(function, call_id) for function, call_id in calls]
         if message.role == "tool":
-            tool = message.tool_name or message.name
-            found = next((call for call in open_calls if tool in (None, call[0])), None)
-            if found is None:
-                raise InvalidRequest(
-                    f"messages.{number}: no tool call before it is open for this result.", param=f"messages.{number}"
-                )
-            open_calls.remove(found)
-            one["tool_call_id"] = found[1]
+            one["tool_call_id"] = message.tool_call_id or _answered(message, number, open_calls)
         spoken.append(one)
     return spoken
+
+
+def _answered(message: _Message, number: int, open_calls: list[tuple[str, str]]) -> str:
+    """The id of the call that a result answers, which is not open any more then. Raises `InvalidRequest`."""
+    tool = message.tool_name or message.name
+    found = next((call for call in open_calls if tool in (None, call[0])), None)
+    if found is None:
+        place = f"messages.{number}"
+        raise InvalidRequest(f"{place}: no tool call before it is open for this result.", param=place)
+    open_calls.remove(found)
+    return found[1]
 
 
 def _call(function: _Function, call_id: str) -> dict[str, Any]:

@@ -150,6 +150,16 @@ def test_tool_calls_come_whole_with_arguments_as_an_object(ask: Ask) -> None:
     assert parts[-1].done_reason == "stop"
 
 
+def test_several_tool_calls_are_numbered(ask: Ask) -> None:
+    calls = [{"index": i, "id": f"c{i}", "function": {"name": "clock", "arguments": "{}"}} for i in (0, 1)]
+    client = ask(Scripted({"content": None, "tool_calls": calls}))
+    for stream in (False, True):
+        body = {"model": "a-model", "messages": HI, "stream": stream}
+        lines = [json.loads(line) for line in client._client.post("/api/chat", json=body).text.splitlines()]
+        told = [call for line in lines for call in line["message"].get("tool_calls", [])]
+        assert [(call["id"], call["function"]["index"]) for call in told] == [("c0", 0), ("c1", 1)]
+
+
 def test_arguments_that_were_cut_short_are_shown_as_text(ask: Ask) -> None:
     cut = {"function": {"name": "weather", "arguments": '{"city": '}}
     answer = ask(Scripted({"content": None, "tool_calls": [cut]}, finish="length")).chat("a-model", HI)

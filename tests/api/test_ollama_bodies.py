@@ -85,6 +85,17 @@ def test_tool_results_find_the_calls_they_belong_to() -> None:
     assert [message["tool_call_id"] for message in said[2:]] == [calls[1]["id"], calls[0]["id"], calls[2]["id"]]
 
 
+def test_the_ids_that_a_client_gives_are_kept() -> None:
+    call = {"id": "mine", "function": {"name": "clock", "arguments": {}}}
+    messages = [
+        *HI,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "mine", "content": "noon"},
+    ]
+    said = chat(messages=messages)["messages"]
+    assert (said[1]["tool_calls"][0]["id"], said[2]["tool_call_id"]) == ("mine", "mine")
+
+
 def test_a_tool_result_without_a_call_is_refused() -> None:
     with pytest.raises(InvalidRequest) as refused:
         chat(messages=[*HI, {"role": "tool", "tool_name": "clock", "content": "noon"}])
