@@ -6,6 +6,8 @@ from typing import Any, Final, Literal
 
 LayerKind = Literal["full", "window", "state"]
 
+_FULL: Final[LayerKind] = "full"
+_WINDOW: Final[LayerKind] = "window"
 # The words of `layer_types` in config.json; what is not here keeps a state of fixed size instead of a KV cache.
 _LAYER_KINDS: Final[Mapping[str, LayerKind]] = {
     "full_attention": "full",
@@ -159,12 +161,11 @@ def _layers(text: Mapping[str, Any], count: int) -> tuple[LayerKind, ...]:
         known = {**_LAYER_KINDS, **({} if _window(text) else _WITHOUT_WINDOW)}
         return tuple(known.get(str(kind), "state") for kind in named[:count])
     if _window(text) is None:
-        return ("full",) * count
+        return (_FULL,) * count
     every = _optional(text, "sliding_window_pattern") or _FULL_LAYER_EVERY.get(str(text.get("model_type", "")))
     if every is None:
-        return ("window",) * count
-    kinds: tuple[LayerKind, LayerKind] = ("window", "full")
-    return tuple(kinds[(layer + 1) % every == 0] for layer in range(count))
+        return (_WINDOW,) * count
+    return tuple(_FULL if (layer + 1) % every == 0 else _WINDOW for layer in range(count))
 
 
 def _window(text: Mapping[str, Any]) -> int | None:
