@@ -21,7 +21,7 @@ from server.settings import Settings
 
 _SIGNS: Final = {"ok": "ok", "warning": "warning", "problem": "PROBLEM"}
 _KIB: Final = 1024
-_WIDE: Final = 120
+_WIDE: Final = 160
 
 
 def examine(settings: Settings, vllm_args: Sequence[str], other: str | None, *, as_json: bool) -> int:
@@ -53,7 +53,7 @@ def with_gpus(machine: Machine, described: str) -> Machine:
     """The machine with other GPUs in it, as if vLLM's CUDA build were installed. Raises `click.UsageError`."""
     count, _, gib = described.partition("x")
     try:
-        gpu = Gpu(f"{gib} GiB", int(float(gib) * GIB), int(float(gib) * GIB), "not asked")
+        gpu = Gpu("GPU", int(float(gib) * GIB), int(float(gib) * GIB), "not asked")
         gpus = (gpu,) * int(count)
     except ValueError as error:
         raise click.UsageError(f"--gpus {described}: write the number and the memory in GiB, such as 4x80.") from error

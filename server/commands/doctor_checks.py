@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,13 +89,15 @@ def check_engine(machine: Machine) -> Iterator[Finding]:
             "vLLM's CUDA build is installed and there is no NVIDIA GPU: in a container give it the GPU runtime "
             "(docker run --gpus all); on a CPU machine pip install 'tidegate[cpu]'.",
         )  # fmt: skip
-    for gpu in machine.gpus:
-        yield Finding("ok", "GPU", f"{gpu.name}, {_gib(gpu.memory_bytes)}, driver {gpu.driver}")
+    for kind, count in Counter((gpu.name, gpu.memory_bytes, gpu.driver) for gpu in machine.gpus).items():
+        name, memory, driver = kind
+        yield Finding("ok", "GPU", f"{count} x {name}, {_gib(memory)}, driver {driver}")
+    for number, gpu in enumerate(machine.gpus):
         if gpu.memory_bytes and gpu.free_bytes < gpu.memory_bytes // 2:
             yield Finding(
                 "warning", "GPU memory",
-                f"{_gib(gpu.memory_bytes - gpu.free_bytes)} of {gpu.name} are taken by another program: end it, or "
-                "lower --gpu-memory-utilization.",
+                f"{_gib(gpu.memory_bytes - gpu.free_bytes)} of GPU {number} ({gpu.name}) are taken by another program: "
+                "end it, or lower --gpu-memory-utilization.",
             )  # fmt: skip
 
 

@@ -196,5 +196,5 @@ def _kv_bytes(layout: Layout, shape: ModelShape, weights: int, args: Namespace, 
         return cpu_kv_cache_bytes(machine.memory_bytes)
     if args.kv_cache_memory_bytes is not None:
         return int(args.kv_cache_memory_bytes)
-    memory = min(gpu.memory_bytes for gpu in machine.gpus)
+    memory = min(gpu.memory_bytes or machine.memory_bytes for gpu in machine.gpus)  # 0: it shares the machine's
     return gpu_kv_bytes(shape, layout, memory, args.gpu_memory_utilization or _GPU_SHARE, weights)

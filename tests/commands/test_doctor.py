@@ -189,6 +189,12 @@ def test_a_cpu_machine_without_room_for_both_weights_and_cache_is_told(tmp_path:
     assert ["are available" in said for said in told] == [True]
 
 
+def test_a_card_that_shares_the_machines_memory_has_all_of_it(tmp_path: Path) -> None:
+    shared = replace(GPUS, gpus=(replace(L4, memory_bytes=0, free_bytes=0),))
+    model = report_on("llama", write_model(tmp_path / "llama", LLAMA_3_1_8B, 15 * GIB), parse_flags([])[1], shared)
+    assert model.plans[0].kv_bytes > 40 * GIB
+
+
 def test_the_flags_that_decide_are_read_as_vllm_reads_them() -> None:
     model, args = parse_flags(["org/m", "--max_model_len=32K", "-tp", "auto", "--kv-cache-memory-bytes", "1.5G", "--x"])
     assert (model, args.max_model_len, args.tensor_parallel_size) == ("org/m", 32768, None)
