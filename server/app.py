@@ -24,6 +24,7 @@ from server.api.files import files_router
 from server.api.level import level_router
 from server.api.middleware import Exchange, Reporting
 from server.api.noting import Noting
+from server.api.ollama import OLLAMA_PREFIX, ollama_router
 from server.api.operators import operators_router
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
@@ -151,6 +152,7 @@ def build_application(
     api.include_router(
         operations_router(service, limits, doors.callers, doors.edge, developer_routes=settings.developer_routes)
     )
+    api.include_router(ollama_router(service, limits, doors.callers, doors.edge))
     api.include_router(operators_router(doors.desk, doors.operators))
     api.include_router(level_router(ladder, doors.operators))
     api.include_router(usage_router(UsageDesk(store.usage), doors.desk, doors.callers, doors.operators))
@@ -302,6 +304,8 @@ def _status(service: Service, versions: Mapping[str, str], figures: Metrics) -> 
 
 
 def _dialect(request: Request) -> Dialect:
+    if request.url.path.startswith(OLLAMA_PREFIX):
+        return "ollama"
     return "anthropic" if request.url.path.startswith(_ANTHROPIC_PREFIX) else "openai"
 
 

@@ -69,6 +69,15 @@ def _option(section: type[BaseModel], name: str) -> click.Option:
     return click.Option([name, flag], multiple=isinstance(field.default, tuple), help=text, metavar="VALUE")
 
 
+def _settings_option() -> click.Option:
+    return click.Option(
+        ["settings_file", "--settings"],
+        envvar=SETTINGS_FILE_ENV,
+        type=click.Path(path_type=Path),
+        help=f"TOML settings file (or {SETTINGS_FILE_ENV}).",
+    )
+
+
 def _shown_default(default: Any) -> str:
     if default in (None, (), ""):
         return ""
@@ -128,17 +137,59 @@ cli.add_command(
         params=[
             click.Argument(["vllm_args"], nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] [VLLM FLAGS]"),
             *_options(),
-            click.Option(
-                ["settings_file", "--settings"],
-                envvar=SETTINGS_FILE_ENV,
-                type=click.Path(path_type=Path),
-                help=f"TOML settings file (or {SETTINGS_FILE_ENV}).",
-            ),
+            _settings_option(),
             click.Option(["--help-vllm"], is_flag=True, help="Show vLLM's own flags and exit."),
         ],
         context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
         help=_serve.__doc__,
         short_help="Serve a model.",
+    )
+)
+
+
+@click.pass_context
+def _doctor(
+    ctx: click.Context,
+    /,
+    settings_file: Path | None,
+    vllm_args: tuple[str, ...],
+    gpus: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Say what of MODEL fits into this machine, and what is wrong, before anything is loaded.
+
+    It takes the flags of `serve`, so put its name in the place of `serve` in your own command. The exit code is 1 where
+    something would prevent serving.
+    """
+    if "-h" in vllm_args:
+        click.echo(ctx.get_help())
+        return
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    vllm_args = _without_aliases(vllm_args, given)
+    try:
+        settings = load_settings(given, settings_file)
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from error
+    from server.commands.doctor import examine
+
+    sys.exit(examine(settings, vllm_args, gpus, as_json=as_json))
+
+
+cli.add_command(
+    ServeCommand(
+        "doctor",
+        callback=_doctor,
+        params=[
+            click.Argument(["vllm_args"], nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] [VLLM FLAGS]"),
+            *_options(),
+            _settings_option(),
+            click.Option(["as_json", "--json"], is_flag=True, help="Print the report as JSON."),
+            click.Option(["--gpus"], metavar="NxGIB", help="Calculate for other GPUs, such as 4x80: 4 with 80 GiB."),
+        ],
+        context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
+        help=_doctor.__doc__,
+        short_help="Say what fits and what is wrong, before loading.",
     )
 )
 

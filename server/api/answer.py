@@ -105,7 +105,7 @@ class OwnedResponse(Response):
         """Answer on one engine after another, until one lives long enough or a part of the answer is out."""
         while True:
             if self._service.slot.down:
-                async with self._kept_alive(_expected_media_type(call), opened):
+                async with self._kept_alive(self._expected_media_type(call), opened):
                     await self._service.engine_for(call, opened)
             try:
                 await self._attempt(call, opened)
@@ -121,7 +121,7 @@ class OwnedResponse(Response):
 
     async def _attempt(self, call: Call, opened: OpenRequest) -> None:
         try:
-            reply = await self._service.answer(call, opened)
+            reply = await self._reply(call, opened)
             if isinstance(reply, StreamReply):
                 await self._stream(reply, opened)
             else:
@@ -132,6 +132,14 @@ class OwnedResponse(Response):
             if not opened.lost_its_engine:
                 log.exception("request failed")
             raise GenerationFailed("Something went wrong on the server. Please try again.") from error
+
+    async def _reply(self, call: Call, opened: OpenRequest) -> Reply | StreamReply:
+        """What answers the call. A dialect that says answers in words of its own does so here."""
+        return await self._service.answer(call, opened)
+
+    def _expected_media_type(self, call: Call) -> str:
+        """In what a client can be kept waiting: comments are for event streams."""
+        return "text/event-stream" if call.body is not None and call.body.get("stream") is True else ""
 
     async def _whole(self, reply: Reply, opened: OpenRequest) -> None:
         body = told_body(reply.body, opened.edits) if opened.edits else reply.body
@@ -211,10 +219,6 @@ class OwnedResponse(Response):
 
     async def _end(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _expected_media_type(call: Call) -> str:
-    return "text/event-stream" if call.body is not None and call.body.get("stream") is True else ""
 
 
 def _bytes(frame: Frame) -> bytes:

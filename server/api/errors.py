@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from server.policy import refusals
 from server.policy.refusals import Refusal
 
-Dialect = Literal["openai", "responses", "anthropic"]
+Dialect = Literal["openai", "responses", "anthropic", "ollama"]
 
 # nginx's status for a client that went away; never sent, but it is what the log says.
 CLIENT_CLOSED_REQUEST: Final = 499
@@ -72,8 +72,10 @@ def reason(refusal: Refusal) -> str:
 
 
 def body(refusal: Refusal, dialect: Dialect) -> dict[str, Any]:
-    """The error object, as OpenAI or as Anthropic writes it."""
+    """The error object, as OpenAI, Anthropic or Ollama writes it."""
     form = wire(refusal)
+    if dialect == "ollama":
+        return {"error": refusal.message}
     if dialect == "anthropic":
         return {"type": "error", "error": {"type": form.anthropic, "message": refusal.message}}
     error = {"message": refusal.message, "type": form.type, "param": refusal.param, "code": form.code}
@@ -93,6 +95,8 @@ def event(refusal: Refusal, dialect: Dialect) -> bytes:
     """The frames that end a stream which failed after its head was sent."""
     if dialect == "openai":
         return b"data: " + encoded(refusal, dialect) + b"\n\ndata: [DONE]\n\n"
+    if dialect == "ollama":
+        return encoded(refusal, dialect) + b"\n"
     error = body(refusal, dialect)
     if dialect == "responses":
         error = {"type": "error", **{key: error["error"][key] for key in ("code", "message", "param")}}

@@ -8,6 +8,7 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, NoReturn
 
 import psutil
@@ -24,16 +25,15 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.transformers_utils.config import get_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from server.engine.adapters import complete_adapters
 from server.engine.chat_templates import read_chat_template
 from server.engine.parsers import choose_parsers
 from server.engine.start_failures import StartFailure
+from server.policy.sizing import cpu_kv_cache_bytes
 
 log = structlog.get_logger(__name__)
 
 _GIB: Final = 1 << 30
-# A CPU machine's memory is shared with everything else on it; a quarter leaves room for weights and the system.
-_CPU_KV_CACHE_SHARE: Final = 0.25
-_CPU_KV_CACHE_MAX_BYTES: Final = 4 * _GIB
 _AUTO_TENSOR_PARALLEL: Final = 0
 # Forced calls are made by the engine's grammar, on any model; vLLM wants a parser for them all the same, and this
 # one needs no tokens of its own.
@@ -142,6 +142,7 @@ def complete_arguments(args: Namespace) -> EngineArguments:
         _complete_cpu(args)
     parser_named = args.tool_call_parser is not None
     uses_tools = _complete_parsers(args, config)
+    complete_adapters(args)
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
@@ -150,6 +151,7 @@ def complete_arguments(args: Namespace) -> EngineArguments:
 
 
 def _model_config(args: Namespace) -> PretrainedConfig:
+    _refuse_other_files(args.model)
     try:
         return get_config(args.hf_config_path or args.model, args.trust_remote_code, args.revision)
     except (OSError, ValueError) as error:
@@ -157,6 +159,17 @@ def _model_config(args: Namespace) -> PretrainedConfig:
             f"The model {args.model!r} could not be loaded: {_first_sentence(error)} "
             "Give a folder with a config.json, or the name of a model that can be downloaded."
         ) from error
+
+
+def _refuse_other_files(model: str) -> None:
+    """Name what people take for a model: vLLM's own words would be about a configuration that is missing."""
+    if model.endswith(".gguf"):
+        raise StartFailure(
+            f"{model} is a GGUF file, for which vLLM 0.32 has no reader. Serve the model's safetensors, or unpack the "
+            "file first: docs/models.md says how."
+        )
+    if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
+        raise StartFailure(f"{model} is a LoRA adapter. Serve its base model with --lora-modules NAME={model}.")
 
 
 def _first_sentence(error: Exception) -> str:
@@ -179,8 +192,7 @@ def _auto_tensor_parallel(text_config: PretrainedConfig) -> int:
 def _complete_cpu(args: Namespace) -> None:
     named = args.kv_cache_memory_bytes is not None or "VLLM_CPU_KVCACHE_SPACE" in os.environ
     if not named and args.gpu_memory_utilization == AsyncEngineArgs.gpu_memory_utilization:
-        share = int(psutil.virtual_memory().total * _CPU_KV_CACHE_SHARE)
-        args.kv_cache_memory_bytes = min(share, _CPU_KV_CACHE_MAX_BYTES)
+        args.kv_cache_memory_bytes = cpu_kv_cache_bytes(psutil.virtual_memory().total)
         log.info("CPU KV cache size chosen", gib=round(args.kv_cache_memory_bytes / _GIB, 1))
     ranks = args.tensor_parallel_size
     if ranks > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:

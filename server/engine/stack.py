@@ -27,6 +27,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.func_utils import _supports_kw
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
+from server.engine.adapters import check_before_loading
 from server.engine.arguments import EngineArguments, complete_arguments, parse_arguments, with_usable_parsers
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.engine.figures import EngineFigures, capacity_of, measure_unloaded
@@ -36,6 +37,7 @@ from server.engine.processes import EngineFamily, pids_of
 from server.engine.seams import SeamedEngine, Seams, open_renderer_seam
 from server.engine.start_failures import StartContext, StartFailure, explain
 from server.engine.steps import StepCounter, step_counter
+from server.engine.traits import Traits
 from server.policy.objectives import Unloaded
 from server.policy.refusals import Refusal
 from server.policy.reservations import Capacity
@@ -94,6 +96,7 @@ class Stack:
     uses_tools: bool
     capacity: Capacity
     unloaded: Unloaded | None
+    traits: Traits
 
     @property
     def alive(self) -> bool:
@@ -269,6 +272,7 @@ async def _build_on(
     await engine.reset_mm_cache()  # vLLM does the same: dummy inputs of its memory profiling stay behind otherwise
     tasks = await engine.get_supported_tasks()
     await init_app_state(engine, state, args, tasks)
+    check_before_loading(state.openai_serving_models, args)
     await open_renderer_seam(state.online_renderer, engine.seams, request.count_cache_entries)
     parser_is_borrowed = not arguments.uses_tools and not arguments.parser_named and not args.reasoning_parser
     _lighten(state, parse_tools_only=parser_is_borrowed, fast_streams=request.fast_streams)
@@ -286,6 +290,12 @@ async def _build_on(
         uses_tools=arguments.uses_tools,
         capacity=capacity_of(config),
         unloaded=await measure_unloaded(engine) if "generate" in tasks else None,
+        traits=Traits(
+            model_type=getattr(config.model_config.hf_config, "model_type", ""),
+            generates="generate" in tasks,
+            reasons=bool(args.reasoning_parser),
+            sees=config.model_config.is_multimodal_model,
+        ),
     )
     _log_window(stack, asked=args.max_model_len)
     enable_envs_cache()  # vLLM reads its environment at every token; its own cache is for the engine's processes only

@@ -6,15 +6,30 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from server.store.connection import TIMEOUT_S, connect
+from server.store.connection import FAILURES, TIMEOUT_S, connect
 from server.store.limit_script import LimitScript
 from server.store.limiter import Limiter
-from server.store.redis_server import EmbeddedRedis
+from server.store.redis_server import EmbeddedRedis, start_problem
 from server.store.usage import UsageBook
 
 _EMBEDDED_FOLDER: Final = "redis"
 _DATA: Final = "appendonlydir"  # Redis's own name for it
 _PATIENCE_S: Final = 5.0
+
+
+def embedded_problem(data_folder: Path) -> str | None:
+    """What would keep the embedded server of this data folder from running, as a sentence."""
+    return start_problem(data_folder / _EMBEDDED_FOLDER)
+
+
+async def reach_problem(redis_url: str, timeout_s: float = _PATIENCE_S) -> str | None:
+    """Why the operator's own Redis does not answer; None where it does. Raises `BadRedisUrl`."""
+    async with aclosing(connect(redis_url, timeout_s)) as client:
+        try:
+            await client.ping()
+        except FAILURES as error:
+            return str(error) or type(error).__name__
+    return None
 
 
 class Store:

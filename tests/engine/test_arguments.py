@@ -257,3 +257,14 @@ def test_a_parser_that_the_operator_names_is_taken(model: Path) -> None:
 def test_a_folder_without_a_model_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(StartFailure, match=r"could not be loaded.*Give a folder with a config\.json"):
         completed(tmp_path)
+
+
+def test_a_gguf_file_is_told_what_to_do_with_it() -> None:
+    with pytest.raises(StartFailure, match="unpack the file"):
+        complete_arguments(parse_arguments(["/models/tiny.Q4_K_M.gguf"]))
+
+
+def test_an_adapter_in_the_place_of_the_model_is_told_where_it_goes(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(StartFailure, match=f"--lora-modules NAME={tmp_path}"):
+        complete_arguments(parse_arguments([str(tmp_path)]))

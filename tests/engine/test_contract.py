@@ -202,3 +202,26 @@ def test_an_engine_that_is_dead_says_so_before_its_requests_learn_of_it() -> Non
     assert monitor.index("engine_dead = True") < monitor.index("_self.shutdown()")
     alive = inspect.getsource(BackgroundResources.validate_alive)
     assert alive.index("engine_dead = True") < alive.index("raise EngineDeadError")
+
+
+def test_an_adapter_can_be_checked_with_vllms_own_rules() -> None:
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    assert _parameters(PEFTHelper.from_local_dir) == ["lora_path", "max_position_embeddings"]
+    assert _parameters(PEFTHelper.validate_legal) == ["lora_config"]
+    assert _parameters(get_adapter_absolute_path) == ["lora_path"]
+    assert (LoRAConfig.max_lora_rank, LoRAConfig.max_loras) == (16, 1)
+
+
+def test_the_engines_own_choices_are_those_that_the_doctor_reckons_with() -> None:
+    from vllm.config.cache import CacheConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms.cpu import CpuPlatform
+
+    assert CacheConfig.gpu_memory_utilization == 0.92
+    defaults = inspect.getsource(AsyncEngineArgs.get_batch_defaults)
+    assert "OPENAI_API_SERVER: 2048 * world_size" in defaults
+    assert "OPENAI_API_SERVER: 128 * world_size" in defaults
+    assert "cache_config.block_size = 128" in inspect.getsource(CpuPlatform.check_and_update_config)

@@ -41,6 +41,11 @@ class RunningServer:
         """The JSON lines of the log."""
         return [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
 
+    @property
+    def kv_tokens(self) -> int:
+        """What the gate was told of the engine's KV cache."""
+        return next(int(event["kv_tokens"]) for event in self.log_events() if event.get("event") == "gate open")
+
     def metric(self, name: str) -> float:
         """The sum of a metric's samples over its labels."""
         page = httpx.get(f"{self.url}/metrics").text
@@ -132,6 +137,25 @@ def run_serve(*args: str, environment: Mapping[str, str] | None = None, timeout_
             env=_environment(environment),
             check=False,
         )
+
+
+def run_doctor(*args: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The report of `tidegate doctor ARGS --json`, under the environment of the tests' servers."""
+    with tempfile.TemporaryDirectory() as data_folder:
+        command = [
+            sys.executable,
+            "-m",
+            "server",
+            "doctor",
+            *args,
+            "--json",
+            "--port",
+            "0",
+            "--data-folder",
+            data_folder,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=_environment(environment), check=True)
+    return dict(json.loads(done.stdout))
 
 
 def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from prometheus_client import CollectorRegistry
 
 from server.engine.calls import Call, Frame, Reply, StreamReply
+from server.engine.traits import Traits
 from server.policy.admission import Admission
 from server.policy.bodies import MaxTokensDefaults
 from server.policy.context import TruncationPolicy
@@ -42,6 +43,7 @@ Operation = Callable[[Call], Awaitable[Reply | StreamReply]]
 
 ERROR_FRAME = "data: error\n\n"
 DONE_FRAME = "data: [DONE]\n\n"
+_TRAITS = Traits("llama", generates=True, reasons=False, sees=False)
 
 
 @dataclass(slots=True)
@@ -53,6 +55,7 @@ class FakeStack:
     max_model_len: int = 4096
     model_names: tuple[str, ...] = ("a-model",)
     alive: bool = True
+    traits: Traits = _TRAITS
 
     def operation(self, method: str, path: str) -> Operation | None:
         return self.operations.get((method, path))
