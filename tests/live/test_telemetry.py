@@ -1,7 +1,7 @@
 """What a real server tells: its metrics to a real Prometheus, its spans to a collector."""
 
-import os
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -102,14 +102,15 @@ def prometheus(server: RunningServer, folder: Path) -> Iterator[httpx.Client]:
         ],
     }
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    socket_free = f"127.0.0.1:{20000 + os.getpid() % 20000}"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [
         program("prometheus"), f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data",
-        f"--web.listen-address={socket_free}", "--log.level=error",
+        f"--web.listen-address={address}", "--log.level=error",
     ]  # fmt: skip
     process = subprocess.Popen(command)
     try:
-        with httpx.Client(base_url=f"http://{socket_free}/api/v1", trust_env=False, timeout=30) as client:
+        with httpx.Client(base_url=f"http://{address}/api/v1", trust_env=False, timeout=30) as client:
             yield client
     finally:
         process.terminate()
@@ -125,16 +126,18 @@ def asked(client: httpx.Client, expression: str) -> list[Any]:
     return found
 
 
-def is_up(client: httpx.Client) -> bool:
+def has_scraped(client: httpx.Client) -> bool:
+    """Whether Prometheus is up, and has some samples to make a rate of."""
     try:
-        return bool(client.get("/query", params={"query": "count_over_time(up[1m]) > 5"}).json()["data"]["result"])
+        answer = client.get("/query", params={"query": "count_over_time(up[1m]) > 5"})
     except httpx.TransportError:
         return False
+    return answer.status_code == httpx.codes.OK and bool(answer.json()["data"]["result"])
 
 
 def test_a_real_prometheus_answers_every_expression_of_every_dashboard(server: RunningServer, tmp_path: Path) -> None:
     with prometheus(server, tmp_path) as client:
-        wait_for(lambda: is_up(client), lambda: "Prometheus does not scrape")
+        wait_for(lambda: has_scraped(client), lambda: "Prometheus does not scrape")
         stream(server)
         httpx.post(f"{server.url}{CHAT}", json=QUESTION, timeout=60)
         time.sleep(4)  # some scrapes and evaluations more
