@@ -21,7 +21,9 @@ from tests.telemetry.collector import Collector, collecting
 pytestmark = [pytest.mark.engine]
 
 CHAT = "/v1/chat/completions"
-QUESTION = {"messages": [{"role": "user", "content": "Tell a story."}], "max_tokens": 16, "temperature": 0}
+QUESTION = {
+    "messages": [{"role": "user", "content": "Tell a story."}], "max_tokens": 16, "temperature": 0, "ignore_eos": True,
+}  # fmt: skip
 EXPRESSIONS = {query.expression for dashboard in DASHBOARDS for query in dashboard.queries()}
 RULES = [
     rule
@@ -49,6 +51,12 @@ def stream(server: RunningServer, **headers: str) -> str:
     answer = httpx.post(f"{server.url}{CHAT}", json=body, headers=headers, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.text
+
+
+def request_line(server: RunningServer, request_id: str) -> dict[str, Any]:
+    """What the log says of one request."""
+    (line,) = [e for e in server.log_events() if e["event"] == "request" and e.get("request_id") == request_id]
+    return line
 
 
 def test_every_metric_that_a_dashboard_or_a_rule_names_is_on_the_page(server: RunningServer) -> None:
@@ -84,7 +92,7 @@ def test_a_streams_figures_are_what_the_client_saw(server: RunningServer) -> Non
     stream(server, **{"x-request-id": "seen-by-its-client"})
     took_ms = 1000 * (time.perf_counter() - started_s)
     wait_for(lambda: [server.metric(name) for name in names] == [count + 1 for count in before], lambda: "not counted")
-    line = next(event for event in server.log_events() if event.get("request_id") == "seen-by-its-client")
+    line = request_line(server, "seen-by-its-client")
     assert line["completion_tokens"] == 16
     assert server.metric("tidegate_tokens_total") == tokens + line["prompt_tokens"] + line["cached_tokens"] + 16
     assert 0 <= line["queue_wait_ms"] <= line["ttft_ms"] < line["duration_ms"] <= took_ms
@@ -184,6 +192,5 @@ def test_one_trace_goes_from_the_client_through_the_queue_into_the_engine(
     assert own == {f"POST {CHAT}", "render", "queue", "llm_request"}
     assert collector.services == {"tidegate"}
     assert not any("Tell a story" in str(span) for span in collector.spans)
-    line = next(event for event in server.log_events() if event.get("request_id") == "traced")
-    assert line["trace_id"] == TRACE_ID
+    assert request_line(server, "traced")["trace_id"] == TRACE_ID
     assert "Overriding of current TracerProvider" not in server.log
