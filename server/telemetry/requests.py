@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Final, Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
@@ -16,6 +15,9 @@ from server.policy.tenants import TrafficClass
 from server.policy.terms import TRAFFIC_CLASSES
 
 Objective = Literal["answered", "ttft", "tpot"]
+_OBJECTIVES: Final[tuple[Objective, ...]] = ("answered", "ttft", "tpot")
+_CLIENTS_ERROR: Final = 400
+_SERVERS_ERROR: Final = 500
 
 # From a prefix-cache hit on a small model to a long prompt that waited in a queue.
 _TTFT_BUCKETS_S: Final = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 600)
@@ -108,37 +110,60 @@ class RequestMetrics:
             "Requests that missed an objective: a server's error instead of an answer, or too slow",
             ("class", "objective"), registry=registry,
         )  # fmt: skip
-        objectives: tuple[Objective, ...] = ("answered", "ttft", "tpot")
-        for name in TRAFFIC_CLASSES:  # a rate needs a zero to begin with
-            for histogram in (self._ttft, self._tpot, self._duration):
-                histogram.labels(name)
-            for objective in objectives:
-                self._slo.labels(name, objective)
-                self._missed.labels(name, objective)
+        # Looking a label up costs more than counting. It is done here, also because a rate needs a zero to begin with.
+        self._of = {name: self._class_figures(name) for name in TRAFFIC_CLASSES}
+        self._counted: dict[tuple[str, str, int], Counter] = {}
         registry.register(_Promised(admission))
+
+    def _class_figures(self, name: TrafficClass) -> _OfClass:
+        return _OfClass(
+            self._ttft.labels(name),
+            self._tpot.labels(name),
+            self._duration.labels(name),
+            {objective: (self._slo.labels(name, objective), self._missed.labels(name, objective))
+             for objective in _OBJECTIVES},
+        )  # fmt: skip
 
     def ended(self, ended: Ended) -> None:
         """A request is over. One that the client is to blame for, or left, says nothing about objectives."""
         name, status = ended.traffic_class, ended.status
-        self._requests.labels(ended.route, name, str(status)).inc()
-        failed = status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        if failed or status < HTTPStatus.BAD_REQUEST:
-            self._judge(name, "answered", missed=failed)
-        if status >= HTTPStatus.BAD_REQUEST:
+        self._count(ended.route, name, status)
+        of = self._of[name]
+        failed = status >= _SERVERS_ERROR
+        if failed or status < _CLIENTS_ERROR:
+            of.judge("answered", missed=failed)
+        if status >= _CLIENTS_ERROR:
             return
         objectives, unloaded = self._admission.objectives, self._admission.unloaded
-        self._duration.labels(name).observe(ended.duration_s)
+        of.duration.observe(ended.duration_s)
         if ended.ttft_s is not None:
-            self._ttft.labels(name).observe(ended.ttft_s)
-            self._judge(name, "ttft", missed=ended.ttft_s > objectives.ttft(name, unloaded))
+            of.ttft.observe(ended.ttft_s)
+            of.judge("ttft", missed=ended.ttft_s > objectives.ttft(name, unloaded))
         if ended.tpot_s is not None:
-            self._tpot.labels(name).observe(ended.tpot_s)
-            self._judge(name, "tpot", missed=ended.tpot_s > objectives.tpot(unloaded))
+            of.tpot.observe(ended.tpot_s)
+            of.judge("tpot", missed=ended.tpot_s > objectives.tpot(unloaded))
 
-    def _judge(self, traffic_class: TrafficClass, objective: Objective, *, missed: bool) -> None:
-        self._slo.labels(traffic_class, objective).inc()
+    def _count(self, route: str, traffic_class: TrafficClass, status: int) -> None:
+        key = route, traffic_class, status
+        if (counter := self._counted.get(key)) is None:
+            counter = self._counted[key] = self._requests.labels(route, traffic_class, str(status))
+        counter.inc()
+
+
+@dataclass(frozen=True, slots=True)
+class _OfClass:
+    """The figures of one class. Of each objective: whom it held for, and who missed it."""
+
+    ttft: Histogram
+    tpot: Histogram
+    duration: Histogram
+    objectives: Mapping[Objective, tuple[Counter, Counter]]
+
+    def judge(self, objective: Objective, *, missed: bool) -> None:
+        held_for, missed_by = self.objectives[objective]
+        held_for.inc()
         if missed:
-            self._missed.labels(traffic_class, objective).inc()
+            missed_by.inc()
 
 
 class _Promised(Collector):

@@ -6,7 +6,7 @@ vLLM adds its own span to the trace that `carrier` names. Where tracing is off n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:  # it is imported where tracing is on (`server/telemetry/otlp.py`)
@@ -54,36 +54,15 @@ class Traces:
     def on(self) -> bool:
         return self._tracer is not None
 
-    @contextmanager
-    def request(self, name: str, headers: Mapping[str, str], *, from_outside: bool = True) -> Iterator[Traced]:
+    def request(
+        self, name: str, headers: Mapping[str, str], *, from_outside: bool = True
+    ) -> AbstractContextManager[Traced]:
         """Inside it, all that is done belongs to one span, in the trace that `traceparent` among the headers names."""
-        if self._tracer is None:
-            yield _NOT_TRACED
-            return
-        from opentelemetry.trace import SpanKind
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        return _NO_REQUEST if self._tracer is None else _request(self._tracer, name, headers, from_outside)
 
-        parent = TraceContextTextMapPropagator().extract(headers)
-        kind = SpanKind.SERVER if from_outside else SpanKind.INTERNAL
-        with self._tracer.start_as_current_span(
-            name, parent, kind, record_exception=False, set_status_on_exception=False
-        ) as span:
-            yield Traced(span)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> AbstractContextManager[None]:
         """A part of the request's way, which nothing belongs to in turn."""
-        if self._tracer is None:
-            yield
-            return
-        span = self._tracer.start_span(name)
-        try:
-            yield
-        except Exception as error:
-            _mark_failed(span, type(error).__name__)
-            raise
-        finally:
-            span.end()
+        return _NO_PART if self._tracer is None else _part(self._tracer, name)
 
     def carrier(self) -> dict[str, str]:
         """The headers by which another server, or the engine, adds to the trace of the request that runs here."""
@@ -95,6 +74,31 @@ class Traces:
         return headers
 
 
+@contextmanager
+def _request(tracer: Tracer, name: str, headers: Mapping[str, str], from_outside: bool) -> Iterator[Traced]:
+    from opentelemetry.trace import SpanKind
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    parent = TraceContextTextMapPropagator().extract(headers)
+    kind = SpanKind.SERVER if from_outside else SpanKind.INTERNAL
+    with tracer.start_as_current_span(
+        name, parent, kind, record_exception=False, set_status_on_exception=False
+    ) as span:  # fmt: skip
+        yield Traced(span)
+
+
+@contextmanager
+def _part(tracer: Tracer, name: str) -> Iterator[None]:
+    span = tracer.start_span(name)
+    try:
+        yield
+    except Exception as error:
+        _mark_failed(span, type(error).__name__)
+        raise
+    finally:
+        span.end()
+
+
 def _mark_failed(span: Span, error: str) -> None:
     """The kind of error alone: its words may be a client's."""
     from opentelemetry.trace import StatusCode
@@ -103,4 +107,5 @@ def _mark_failed(span: Span, error: str) -> None:
     span.set_status(StatusCode.ERROR)
 
 
-_NOT_TRACED: Final = Traced()
+_NO_REQUEST: Final = nullcontext(Traced())
+_NO_PART: Final = nullcontext()

@@ -1,7 +1,7 @@
 """What a real server tells: its metrics to a real Prometheus, its spans to a collector."""
 
-import os
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +21,9 @@ from tests.telemetry.collector import Collector, collecting
 pytestmark = [pytest.mark.engine]
 
 CHAT = "/v1/chat/completions"
-QUESTION = {"messages": [{"role": "user", "content": "Tell a story."}], "max_tokens": 16, "temperature": 0}
+QUESTION = {
+    "messages": [{"role": "user", "content": "Tell a story."}], "max_tokens": 16, "temperature": 0, "ignore_eos": True,
+}  # fmt: skip
 EXPRESSIONS = {query.expression for dashboard in DASHBOARDS for query in dashboard.queries()}
 RULES = [
     rule
@@ -49,6 +51,12 @@ def stream(server: RunningServer, **headers: str) -> str:
     answer = httpx.post(f"{server.url}{CHAT}", json=body, headers=headers, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.text
+
+
+def request_line(server: RunningServer, request_id: str) -> dict[str, Any]:
+    """What the log says of one request."""
+    (line,) = [e for e in server.log_events() if e["event"] == "request" and e.get("request_id") == request_id]
+    return line
 
 
 def test_every_metric_that_a_dashboard_or_a_rule_names_is_on_the_page(server: RunningServer) -> None:
@@ -84,7 +92,7 @@ def test_a_streams_figures_are_what_the_client_saw(server: RunningServer) -> Non
     stream(server, **{"x-request-id": "seen-by-its-client"})
     took_ms = 1000 * (time.perf_counter() - started_s)
     wait_for(lambda: [server.metric(name) for name in names] == [count + 1 for count in before], lambda: "not counted")
-    line = next(event for event in server.log_events() if event.get("request_id") == "seen-by-its-client")
+    line = request_line(server, "seen-by-its-client")
     assert line["completion_tokens"] == 16
     assert server.metric("tidegate_tokens_total") == tokens + line["prompt_tokens"] + line["cached_tokens"] + 16
     assert 0 <= line["queue_wait_ms"] <= line["ttft_ms"] < line["duration_ms"] <= took_ms
@@ -102,14 +110,15 @@ def prometheus(server: RunningServer, folder: Path) -> Iterator[httpx.Client]:
         ],
     }
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    socket_free = f"127.0.0.1:{20000 + os.getpid() % 20000}"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [
         program("prometheus"), f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data",
-        f"--web.listen-address={socket_free}", "--log.level=error",
+        f"--web.listen-address={address}", "--log.level=error",
     ]  # fmt: skip
     process = subprocess.Popen(command)
     try:
-        with httpx.Client(base_url=f"http://{socket_free}/api/v1", trust_env=False, timeout=30) as client:
+        with httpx.Client(base_url=f"http://{address}/api/v1", trust_env=False, timeout=30) as client:
             yield client
     finally:
         process.terminate()
@@ -125,21 +134,24 @@ def asked(client: httpx.Client, expression: str) -> list[Any]:
     return found
 
 
-def is_up(client: httpx.Client) -> bool:
+def has_scraped(client: httpx.Client) -> bool:
+    """Whether Prometheus is up, and has some samples to make a rate of."""
     try:
-        return bool(client.get("/query", params={"query": "count_over_time(up[1m]) > 5"}).json()["data"]["result"])
+        answer = client.get("/query", params={"query": "count_over_time(up[1m]) > 5"})
     except httpx.TransportError:
         return False
+    return answer.status_code == httpx.codes.OK and bool(answer.json()["data"]["result"])
 
 
 def test_a_real_prometheus_answers_every_expression_of_every_dashboard(server: RunningServer, tmp_path: Path) -> None:
     with prometheus(server, tmp_path) as client:
-        wait_for(lambda: is_up(client), lambda: "Prometheus does not scrape")
+        wait_for(lambda: has_scraped(client), lambda: "Prometheus does not scrape")
         stream(server)
         httpx.post(f"{server.url}{CHAT}", json=QUESTION, timeout=60)
         time.sleep(4)  # some scrapes and evaluations more
         empty = {expression for expression in EXPRESSIONS if not asked(client, expression)}
-        assert {expression for expression in empty if not SILENT.search(expression)} == set()
+        unexpected = {expression for expression in empty if not SILENT.search(expression)}
+        assert unexpected == set(), unexpected
         rules = client.get("/rules").json()["data"]["groups"]
         assert {rule["health"] for group in rules for rule in group["rules"]} == {"ok"}
         assert asked(client, 'ALERTS{alertstate="firing"}') == []
@@ -180,6 +192,5 @@ def test_one_trace_goes_from_the_client_through_the_queue_into_the_engine(
     assert own == {f"POST {CHAT}", "render", "queue", "llm_request"}
     assert collector.services == {"tidegate"}
     assert not any("Tell a story" in str(span) for span in collector.spans)
-    line = next(event for event in server.log_events() if event.get("request_id") == "traced")
-    assert line["trace_id"] == TRACE_ID
+    assert request_line(server, "traced")["trace_id"] == TRACE_ID
     assert "Overriding of current TracerProvider" not in server.log
