@@ -26,6 +26,7 @@ _BASE_PACKAGES: Final = "ca-certificates,python3-minimal,python3-pip,python3-ven
 _AUTHORITIES: Final = "etc/ssl/certs/ca-certificates.crt"
 _START_TIMEOUT_S: Final = 60.0
 _BRIDGE_ADDRESS: Final = "172.17.0.1"
+_FIRST_WHEEL_PORT: Final = 18911  # always the same: a build argument that changes makes every layer anew
 
 
 class Missing(Exception):
@@ -123,9 +124,9 @@ def make_redis_image(engine: Engine, folder: Path) -> None:
 def wheels_for_builds(folders: Sequence[Path]) -> Iterator[list[str]]:
     """Serve folders of wheels to builds while the block lasts. Gives the build arguments that point pip there."""
     servers = []
-    for folder in folders:
+    for port, folder in enumerate(folders, _FIRST_WHEEL_PORT):
         listing = functools.partial(_QuietListing, directory=str(folder))
-        server = http.server.ThreadingHTTPServer((_BRIDGE_ADDRESS, 0), listing)
+        server = http.server.ThreadingHTTPServer((_BRIDGE_ADDRESS, port), listing)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
     links = " ".join(f"http://{_BRIDGE_ADDRESS}:{server.server_address[1]}/" for server in servers)
