@@ -101,6 +101,11 @@ def ollama_router(service: Service, limits: WireLimits, callers: Callers, edge: 
         """The release of Ollama whose API this follows; the server's own is at /version."""
         return {"version": _SPOKEN_VERSION}
 
+    _add_model_routes(router, service, listing)
+    return router
+
+
+def _add_model_routes(router: APIRouter, service: Service, listing: list[Any]) -> None:
     @router.get("/api/tags", dependencies=listing)
     async def tags(request: Request) -> dict[str, Any]:
         """The models that the caller may use."""
@@ -126,8 +131,6 @@ def ollama_router(service: Service, limits: WireLimits, callers: Callers, edge: 
         served = await _served_name(service, request.state.tenant, name, must_exist=True)
         cards = await service.model_cards(request.state.tenant)
         return _shown(service, next(card for card in cards if card["id"] == served))
-
-    return router
 
 
 def _endpoint(service: Service, limits: WireLimits, read: Reader) -> Callable[[Request], Awaitable[Response]]:

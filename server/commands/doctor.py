@@ -1,6 +1,7 @@
 """`tidegate doctor`: what fits and what is wrong, before anything is loaded."""
 
 import json
+import re
 import sys
 from argparse import ArgumentError, Namespace
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from server.policy.sizing import GIB
 from server.settings import Settings
 
 _SIGNS: Final = {"ok": "ok", "warning": "warning", "problem": "PROBLEM"}
+_GPUS: Final = re.compile(r"(?P<count>[1-9][0-9]{0,3})x(?P<gib>[1-9][0-9]{0,3}(\.[0-9]+)?)")
 _KIB: Final = 1024
 _WIDE: Final = 160
 
@@ -51,12 +53,10 @@ def examine(settings: Settings, vllm_args: Sequence[str], other: str | None, *, 
 
 def with_gpus(machine: Machine, described: str) -> Machine:
     """The machine with other GPUs in it, as if vLLM's CUDA build were installed. Raises `click.UsageError`."""
-    count, _, gib = described.partition("x")
-    try:
-        gpu = Gpu("GPU", int(float(gib) * GIB), int(float(gib) * GIB), "not asked")
-        gpus = (gpu,) * int(count)
-    except ValueError as error:
-        raise click.UsageError(f"--gpus {described}: write the number and the memory in GiB, such as 4x80.") from error
+    if (found := _GPUS.fullmatch(described)) is None:
+        raise click.UsageError(f"--gpus {described}: write the number and the memory in GiB, such as 4x80.")
+    memory_bytes = int(float(found["gib"]) * GIB)
+    gpus = (Gpu("GPU", memory_bytes, memory_bytes, "not asked"),) * int(found["count"])
     return replace(machine, gpus=gpus, gpu_problem=None, engine="vllm")
 
 

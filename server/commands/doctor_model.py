@@ -124,7 +124,10 @@ def report_on(name: str, folder: Path, args: Namespace, machine: Machine) -> Mod
     config = read_json(folder / CONFIG)
     shape = shape_of(config)
     weights, known = _weights(folder, config, args.dtype)
-    plans = [_plan(size, config, shape, weights, args, machine) for size in _rank_counts(shape, args, machine)]
+    plans = [
+        _plan(_layout(ranks, config, shape, args, machine), shape, weights, args, machine)
+        for ranks in _rank_counts(shape, args, machine)
+    ]
     return ModelReport(name, shape, weights, known, tuple(plans), args.max_model_len, args.tensor_parallel_size)
 
 
@@ -147,16 +150,13 @@ def _rank_counts(shape: ModelShape, args: Namespace, machine: Machine) -> list[i
     return [size for size in range(1, most + 1) if shape.attention_heads % size == 0]
 
 
-def _plan(
-    ranks: int, config: Mapping[str, Any], shape: ModelShape, weights: int, args: Namespace, machine: Machine
-) -> Plan:
-    layout = _layout(ranks, config, shape, args, machine)
-    each = weights // ranks
+def _plan(layout: Layout, shape: ModelShape, weights: int, args: Namespace, machine: Machine) -> Plan:
+    each = weights // layout.tensor_parallel
     kv_bytes = _kv_bytes(layout, shape, each, args, machine)
     fits = fit(shape, layout, kv_bytes, args.max_model_len)
     lengths = [length for length in (*LENGTHS, fits.longest) if 0 < length <= fits.longest]
     by_length = {length: concurrency(shape, layout, fits.blocks, length) for length in sorted(set(lengths))}
-    return Plan(ranks, each, kv_bytes, token_bytes(shape, layout), fits, by_length)
+    return Plan(layout.tensor_parallel, each, kv_bytes, token_bytes(shape, layout), fits, by_length)
 
 
 def _layout(ranks: int, config: Mapping[str, Any], shape: ModelShape, args: Namespace, machine: Machine) -> Layout:

@@ -157,7 +157,8 @@ def test_a_wrong_setting_is_told_as_serve_tells_it(tmp_path: Path) -> None:
     done = doctor(tmp_path, "--drain-timeout", "soon")
     assert done.exit_code == 2
     assert "--drain-timeout" in done.output
-    assert "--gpus" in doctor(tmp_path, "--gpus", "many").output
+    for described in ("many", "0x80", "4x", "4x-1"):
+        assert f"--gpus {described}" in doctor(tmp_path, "--gpus", described).output
 
 
 @pytest.mark.parametrize(
