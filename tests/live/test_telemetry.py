@@ -189,7 +189,7 @@ def test_one_trace_goes_from_the_client_through_the_queue_into_the_engine(
     assert values["tidegate.tenant"].string_value == "anyone"
     assert values["gen_ai.usage.output_tokens"].int_value == 16
     own = {span.name for span in collector.spans if span.trace_id.hex() != TRACE_ID}
-    assert own == {f"POST {CHAT}", "render", "queue", "llm_request"}
+    assert {f"POST {CHAT}", "render", "queue", "llm_request"} <= own  # beside them vLLM traces its own loading
     assert collector.services == {"tidegate"}
     assert not any("Tell a story" in str(span) for span in collector.spans)
     assert request_line(server, "traced")["trace_id"] == TRACE_ID
