@@ -6,6 +6,7 @@ The engine, its images and its layers stay in the work folder, so a second run i
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -232,5 +233,6 @@ def check(holds: bool, otherwise: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
     os.umask(0o022)  # the user in the container reads the secrets
     main()

@@ -8,6 +8,7 @@ open-webui playwright`, some GB), so it lives in an environment of its own, whos
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -173,6 +174,7 @@ def errors_are_told_in_words(person: Person, server: RunningServer) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     main()
