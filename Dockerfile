@@ -24,8 +24,7 @@ ARG PIP_FIND_LINKS
 ARG PIP_TRUSTED_HOST
 RUN python3 -m venv /opt/tidegate
 COPY locks/cpu.txt /build/locks/
-# Before Python 3.11.3, which Debian 12 is, the Redis client needs a package more; the lock was made with a later one.
-RUN pip install --no-deps --requirement /build/locks/cpu.txt 'async-timeout==5.0.1; python_full_version < "3.11.3"'
+RUN pip install --no-deps --requirement /build/locks/cpu.txt
 
 # The embedded model, so that a container starts without a network. `--build-arg EMBEDDED_MODEL=no` leaves it out.
 # Of our code it takes the files that make the model, and no other: they seldom change.

@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 LOCKS := locks/cpu.txt locks/dev.txt
-TYPED := $(wildcard server tests benchmarks)
+TYPED := server tests benchmarks deploy
 
 $(INSTALLED): pyproject.toml $(LOCKS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

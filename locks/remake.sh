@@ -6,6 +6,8 @@ cd "$(dirname "$0")"
 export PATH="$PWD/../.venv/bin:$PATH"
 
 left_out=(torchaudio torchcodec torchvision triton)
+# pip-compile leaves out what its own Python does not need; Debian 12 has 3.11.2.
+for_older_python='async-timeout==5.0.1 ; python_full_version < "3.11.3"'
 
 compile() {
     pip-compile --quiet --strip-extras --no-header --no-annotate \
@@ -34,6 +36,7 @@ EOF
 }
 
 compile "$@" --extra cpu --output-file cpu.txt
+grep -qxF "$for_older_python" cpu.txt || printf '%s\n' "$for_older_python" >>cpu.txt
 finish cpu.txt "Everything that is needed to run the server with the CPU engine."
 
 compile "$@" --extra cpu --extra dev --constraint cpu.txt --output-file dev.txt

@@ -49,14 +49,17 @@ class LimitScript:
         refused = None if granted else Refused(scopes[scope - 1], LIMIT_NAMES[limit - 1], wait_us)
         return Answer(refused, now_us, tuple(_moments(reply, number) for number in range(len(scopes))))
 
-    async def settle(self, scopes: Sequence[Scope], change: Cost, lease: str | None, usage: UsageEntry | None) -> None:
+    async def settle(
+        self, scopes: Sequence[Scope], change: Cost, lease: str | None, usage: UsageEntry | None, name: str
+    ) -> None:
+        """Done once for each `name`, however often it is asked for within ten minutes."""
         keys = _keys(scopes)
         arguments: list[str | int] = ["settle", lease or "", change.requests, change.tokens, len(scopes)]
         arguments += _limits(scopes)
         if usage is not None:
             keys += usage.keys
             arguments += usage.arguments
-        await self._run(keys, arguments)
+        await self._run([*keys, f"{keys[0]}:told:{name}"], arguments)
 
     async def renew(self, key: str, leases: Sequence[str]) -> None:
         await self._run([key], ["renew", *leases])

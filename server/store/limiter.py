@@ -5,11 +5,12 @@ then nobody asks it until it has answered a probe.
 """
 
 import asyncio
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -75,10 +76,13 @@ class Denied:
 
 @dataclass(frozen=True, slots=True)
 class _Settle:
+    """Told until Redis confirms it. By its name Redis knows one that it has heard, and whose answer was lost."""
+
     scopes: tuple[Scope, ...]
     change: Cost
     lease: str | None = None
     usage: UsageEntry | None = None
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 class Limiter:
@@ -254,7 +258,7 @@ class Limiter:
     async def _settle(self, settle: _Settle) -> None:
         try:
             async with self._telling:
-                await self._script.settle(settle.scopes, settle.change, settle.lease, settle.usage)
+                await self._script.settle(settle.scopes, settle.change, settle.lease, settle.usage, settle.name)
         except FAILURES as error:
             self._pending.append(settle)
             self._failed(error)

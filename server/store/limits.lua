@@ -7,6 +7,7 @@
 local PERIOD_MS = {60000, 60000, 86400000}
 local UNIT = {'requests', 'tokens', 'tokens'}
 local LEASE_US = 60000000
+local TOLD_MS = 600000
 local CONCURRENCY_WAIT_US = 1000000
 
 local function now_us()
@@ -122,8 +123,10 @@ local function charge()
 end
 
 -- settle LEASE REQUESTS TOKENS SCOPES LIMITS... [MODEL DAY_S MONTH_S REQUESTS PROMPT CACHED COMPLETION]
--- KEYS: bucket and leases of each scope, then the usage of the day and of the month
+-- KEYS: bucket and leases of each scope, then the usage of the day and of the month, then this settle's own name: who
+-- has no answer says it again, and may have been heard the first time
 local function settle()
+  if not redis.call('SET', KEYS[#KEYS], 1, 'NX', 'PX', TOLD_MS) then return 0 end
   local now = now_us()
   local lease, change = ARGV[2], {requests = tonumber(ARGV[3]), tokens = tonumber(ARGV[4])}
   local scopes = tonumber(ARGV[5])

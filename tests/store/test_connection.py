@@ -77,7 +77,7 @@ async def serves(url: str) -> None:
         assert (await script.charge(scopes, Cost(1, 50), "a")).refused is None
         assert (await script.charge(scopes, Cost(1, 50), "b")).refused is not None
         at = UsageEntry("team", "m", TokenCounts(1, 2, 0, 3), now())
-        await script.settle(scopes, Cost(0, -50), "a", at)
+        await script.settle(scopes, Cost(0, -50), "a", at, "one")
         assert (await script.charge(scopes, Cost(1, 50), "b")).refused is None
         assert await script.alive("a-replica", 60_000_000) == 1
         assert (await UsageBook(client).read("team", at.at)).month == {"m": TokenCounts(1, 2, 0, 3)}

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,7 @@ from server.policy.limits import Bucket, Cost, Moment, Moments, Refused, Scope, 
 from server.policy.tenants import Limits
 from server.store.connection import connect
 from server.store.limit_script import LimitScript, bucket_key, leases_key
+from server.store.usage import TokenCounts, UsageBook, UsageEntry
 
 pytestmark = pytest.mark.anyio
 
@@ -34,6 +36,7 @@ class Twin:
     buckets: list[Bucket] = field(default_factory=list)
     held: list[tuple[str | None, Cost]] = field(default_factory=list)
     leases: int = 0
+    settles: int = 0
 
     def __post_init__(self) -> None:
         self.buckets = [Bucket() for _ in self.scopes]
@@ -54,7 +57,8 @@ class Twin:
 
     async def settle(self, change: Cost, lease: str | None) -> None:
         """Redis does not tell its time here. A shift back needs none; one forward is seen at the next charge."""
-        await self.script.settle(self.scopes, change, lease, None)
+        self.settles += 1
+        await self.script.settle(self.scopes, change, lease, None, f"settle-{self.settles}")
         self.buckets = [
             settle(bucket, scope.limits, change, lease, 0)
             for bucket, scope in zip(self.buckets, self.scopes, strict=True)
@@ -110,7 +114,7 @@ def team(**given: int) -> list[Scope]:
 
 async def test_a_debt_drains_from_the_moment_it_is_known(script: LimitScript) -> None:
     scopes = team(tokens_per_minute=600)
-    await script.settle(scopes, Cost(tokens=900), None, None)
+    await script.settle(scopes, Cost(tokens=900), None, None, "one")
     answer = await script.charge(scopes, Cost(tokens=1), None)
     assert answer.refused is not None
     assert 30_000_000 - 1_000_000 < answer.refused.wait_us <= 30_100_000
@@ -121,8 +125,21 @@ async def test_a_bucket_expires_when_it_has_drained_and_leases_when_they_end(red
     await script.charge(scopes, Cost(tokens=10), "a")
     assert 0 < await redis.pttl(bucket_key(scopes[0])) <= 1_001
     assert 59_000 < await redis.pttl(leases_key(scopes[0])) <= 60_000
-    await script.settle(scopes, Cost(tokens=-10), "a", None)
-    assert await redis.dbsize() == 0
+    await script.settle(scopes, Cost(tokens=-10), "a", None, "one")
+    assert await redis.dbsize() == 1
+    assert 0 < await redis.pttl(f"{bucket_key(scopes[0])}:told:one") <= 600_000
+
+
+async def test_a_settle_that_is_told_twice_counts_once(redis: Redis, script: LimitScript) -> None:
+    """Its answer may be lost where a Redis that hung has heard it."""
+    scopes = team(tokens_per_day=1000)
+    at = UsageEntry("team", "m", TokenCounts(1, 2, 0, 3), datetime.now(UTC))
+    await script.charge(scopes, Cost(1, 900), None)
+    for name in ("one", "one", "another", "one"):
+        await script.settle(scopes, Cost(0, -100), None, at, name)
+    assert (await script.charge(scopes, Cost(1, 301), None)).refused is not None
+    assert (await script.charge(scopes, Cost(1, 299), None)).refused is None
+    assert (await UsageBook(redis).read("team", at.at)).day["m"] == TokenCounts(2, 4, 0, 6)
 
 
 async def test_a_renewed_lease_lasts_and_one_that_was_lost_is_there_again(redis: Redis, script: LimitScript) -> None:
