@@ -241,12 +241,15 @@ def sentence(refused: Refused) -> str:
     whose = "Your team has" if refused.scope.kind == "tenant" else "You have"
     size = limit_of(refused.scope.limits, refused.name)
     if refused.name == "concurrency":
-        return f"{whose} reached the limit of {size:,} requests at the same time. Please try again in a moment."
+        reached = f"{whose} reached the limit of {_counted(size, 'requests')}"
+        return f"{reached} at the same time. Please try again in a moment."
     rate = RATES[LIMIT_NAMES.index(refused.name)]
-    return (
-        f"{whose} reached the limit of {size:,} {rate.unit} per {rate.period}. "
-        f"Please try again in {_spoken(refused.wait_us)}."
-    )
+    reached = f"{whose} reached the limit of {_counted(size, rate.unit)}"
+    return f"{reached} per {rate.period}. Please try again in {_spoken(refused.wait_us)}."
+
+
+def _counted(size: int | None, units: str) -> str:
+    return f"{size:,} {units if size != 1 else units.removesuffix('s')}"
 
 
 def _spoken(us: int) -> str:

@@ -201,7 +201,7 @@ def test_durations_are_written_as_openai_writes_them(us: int, text: str) -> None
         (Limits(tokens_per_minute=10_000), "tokens_per_minute", 12_300_000,
          "Your team has reached the limit of 10,000 tokens per minute. Please try again in 13 seconds."),
         (Limits(requests_per_minute=1), "requests_per_minute", 900_000,
-         "Your team has reached the limit of 1 requests per minute. Please try again in 1 second."),
+         "Your team has reached the limit of 1 request per minute. Please try again in 1 second."),
         (Limits(tokens_per_day=5), "tokens_per_day", 3 * 3600 * SECOND + 1,
          "Your team has reached the limit of 5 tokens per day. Please try again in 4 hours."),
         (Limits(concurrency=4), "concurrency", SECOND,
