@@ -52,13 +52,18 @@ def test_one_look_shows_state_level_and_tenants(server: httpx.Client) -> None:
     assert "\x1b" not in shown.stdout
 
 
+def _heed_interrupts() -> None:
+    """Tests that a shell runs in the background are started with interrupts ignored, and so is what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_in_a_terminal_it_goes_on_until_it_is_interrupted(server: httpx.Client) -> None:
     terminal, inside = os.openpty()
     command = [
         sys.executable, "-m", "server", "top", "--interval", "0.5", "--url", str(server.base_url), "--operator-key",
         OPERATOR_KEY,
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside)
+    process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, preexec_fn=_heed_interrupts)
     os.close(inside)
     seen = b""
     try:
