@@ -12,6 +12,7 @@ from benchmarks import (
     fit_overhead,
     front_end,
     limits,
+    load_test,
     long_chat,
     overload,
     replicas,
@@ -37,6 +38,7 @@ benchmarks.add_command(engine_kills.command)
 benchmarks.add_command(front_end.command)
 benchmarks.add_command(overload.command)
 benchmarks.add_command(limits.command)
+benchmarks.add_command(load_test.command)
 benchmarks.add_command(batch_gaps.command)
 benchmarks.add_command(replicas.command)
 

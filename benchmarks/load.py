@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import aiohttp
 
-_WORDS: Final = re.findall(
+WORDS: Final = re.findall(
     "[a-z]+",
     "tide gate harbour water level river boat lock stone bridge wind rope anchor sail north chart signal lamp crew "
     "storm cargo pilot depth channel bank reed gull salt iron timber market street letter clock winter garden",
@@ -49,7 +49,7 @@ class Load:
         """The request bodies. `ignore_eos` makes every answer `max_tokens` long."""
         words = random.Random(self.seed)
         for number in range(self.requests):
-            text = " ".join(words.choices(_WORDS, k=_PROMPT_WORDS))
+            text = " ".join(words.choices(WORDS, k=_PROMPT_WORDS))
             body = {
                 "model": model,
                 "messages": [{"role": "user", "content": f"Tell a story with these words: {text}"}],
