@@ -136,7 +136,8 @@ def test_tools_are_left_out_for_a_model_that_cannot_use_them_and_the_client_is_t
 
 def test_a_client_that_leaves_mid_stream_frees_the_engine(server: RunningServer) -> None:
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**_LONG, "stream": True}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # held: httpx hangs up when nobody holds it any more
+        next(lines)
         server.wait_until_busy()
     server.wait_until_idle(timeout_s=3)
     assert server.metric("vllm:kv_cache_usage_perc") == 0
