@@ -225,9 +225,10 @@ def test_many_deaths_leave_memory_files_and_processes_flat(start_tiny: StartTiny
         wait_until_replaced(server, core)
         answer(server)
         figures.append((me.memory_info().rss >> 20, me.num_fds(), me.num_threads(), len(server.children())))
-    first, last = figures[0], figures[-1]
-    assert last[0] - first[0] < 25, figures
-    assert last[1:] == first[1:], figures
+    megabytes, files, threads, processes = (last - first for first, last in zip(figures[0], figures[-1], strict=True))
+    assert megabytes < 25, figures
+    assert files == processes == 0, figures
+    assert threads <= 1, figures  # a pool may start one more when it is asked; one for each death would be two
     page = httpx.get(f"{server.url}/metrics").text
     declared = [line for line in page.splitlines() if line.startswith("# TYPE ")]
     assert len(declared) == len(set(declared))
