@@ -168,7 +168,7 @@ async def test_prompts_side_by_side_need_one_place(embedded: EmbeddedRedis) -> N
     async with parts(embedded) as p, OpenRequests().open(request(tenant)):
         both = [p.generation.generate(demand(), saying("a", "b")) for _ in range(2)]
         assert await asyncio.gather(*(anext(outputs) for outputs in both)) == ["a", "a"]
-        with pytest.raises(RateLimited, match="1 requests at the same time"):
+        with pytest.raises(RateLimited, match="1 request at the same time"):
             await run(p, request(tenant), demand())  # another client
         for outputs in both:
             await outputs.aclose()
