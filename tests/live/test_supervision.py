@@ -227,8 +227,9 @@ def test_many_deaths_leave_memory_files_and_processes_flat(start_tiny: StartTiny
         figures.append((me.memory_info().rss >> 20, me.num_fds(), me.num_threads(), len(server.children())))
     megabytes, files, threads, processes = (last - first for first, last in zip(figures[0], figures[-1], strict=True))
     assert megabytes < 25, figures
-    assert files == processes == 0, figures
-    assert threads <= 1, figures  # a pool may start one more when it is asked; one for each death would be two
+    assert processes == 0, figures
+    # A pool, of threads or of connections to Redis, may grow by one; one for each death would be two.
+    assert max(files, threads) <= 1, figures
     page = httpx.get(f"{server.url}/metrics").text
     declared = [line for line in page.splitlines() if line.startswith("# TYPE ")]
     assert len(declared) == len(set(declared))
