@@ -19,7 +19,6 @@ from server.api.errors import Dialect
 from server.api.files import files_router
 from server.api.level import level_router
 from server.api.middleware import Exchange, Reporting
-from server.api.noting import Noting
 from server.api.ollama import OLLAMA_PREFIX, ollama_router
 from server.api.operators import operators_router
 from server.api.routes import operations_router, status_router
@@ -101,9 +100,9 @@ def build_application(
     api.add_exception_handler(Refusal, on_refusal)
     api.add_exception_handler(Exception, _on_error)
     seen = RequestMetrics(parts.gate.admission, registry)
-    reporting = Reporting(parts.figures, seen, parts.traces, settings.access_log)
+    reporting = Reporting(parts.figures, seen, parts.traces, recent, settings.access_log)
     return Application(
-        asgi=_with_cors(Exchange(Noting(api, recent), reporting), settings),
+        asgi=_with_cors(Exchange(api, reporting), settings),
         slot=parts.slot,
         requests=parts.requests,
         generation=Generation(parts.fitter, parts.gate, parts.charging, parts.traces),

@@ -14,11 +14,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import errors
+from server.api.noting import note
 from server.policy.refusals import Refusal
 from server.policy.tenants import TrafficClass
 from server.serving.requests import OpenRequest
 from server.serving.service import GATED_ROUTES
 from server.telemetry.metrics import Metrics
+from server.telemetry.recent import RecentHappenings
 from server.telemetry.requests import Ended, RequestMetrics
 from server.telemetry.tenants import Outcome
 from server.telemetry.traces import Traced, Traces
@@ -43,6 +45,7 @@ class Reporting:
     metrics: Metrics
     requests: RequestMetrics
     traces: Traces
+    recent: RecentHappenings
     access_log: bool
 
 
@@ -88,6 +91,7 @@ class Exchange:
         self._to.metrics.http_request(scope["method"], seen.route, seen.status, seen.duration_s)
         if seen.refusal is not None:
             self._to.metrics.refused(errors.reason(seen.refusal))
+        note(self._to.recent, scope, seen.refusal, opened)
         if opened is not None and scope["method"] == "POST" and seen.route in GATED_ROUTES:
             self._to.requests.ended(seen.ended(opened))
             self._to.metrics.tenants.ended(opened.tenant.name, _outcome(seen.outcome))

@@ -1,8 +1,8 @@
 """Notes what was refused and what was shortened, when a request ends, for the operator's console."""
 
-from typing import Any, Final
+from typing import Final
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 from server.api import errors
 from server.policy.edits import Edits
@@ -16,28 +16,12 @@ _QUOTING: Final = (InvalidRequest, UnprocessableContent)
 _TOLD: Final = 200
 
 
-class Noting:
-    """Plain ASGI middleware inside `Exchange`. Whoever turns a refusal into an answer leaves it in the state."""
-
-    def __init__(self, app: ASGIApp, recent: RecentHappenings) -> None:
-        self._app = app
-        self._recent = recent
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            if scope["type"] == "http":
-                self._note(scope)
-
-    def _note(self, scope: Scope) -> None:
-        state: dict[str, Any] = scope["state"]
-        refusal: Refusal | None = state.get("refusal")
-        opened: OpenRequest | None = state.get("open_request")
-        if refusal is not None:
-            self._recent.note(_refused(refusal, scope))
-        if opened is not None and opened.edits:
-            self._recent.note(_shortened(opened.edits, scope))
+def note(recent: RecentHappenings, scope: Scope, refusal: Refusal | None, opened: OpenRequest | None) -> None:
+    """Note one exchange that is over."""
+    if refusal is not None:
+        recent.note(_refused(refusal, scope))
+    if opened is not None and opened.edits:
+        recent.note(_shortened(opened.edits, scope))
 
 
 def _refused(refusal: Refusal, scope: Scope) -> Happening:
