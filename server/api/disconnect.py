@@ -2,8 +2,14 @@
 
 import asyncio
 from types import TracebackType
+from typing import Final
 
 from starlette.types import Receive
+
+from server.policy.refusals import Refusal
+
+# How the work of a client that has gone ends. vLLM makes an error of the cancellation where the answer is whole.
+_ENDS: Final = (asyncio.CancelledError, Refusal)
 
 
 class CancelOnDisconnect:
@@ -37,7 +43,9 @@ class CancelOnDisconnect:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         self._watcher.cancel()
-        return self.client_left and kind is asyncio.CancelledError and self._task.uncancel() == 0
+        if not self.client_left or kind is None or not issubclass(kind, _ENDS):
+            return False
+        return self._task.uncancel() == 0
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -7,7 +7,7 @@ import pytest
 from starlette.types import Message
 
 from server.engine.calls import Call, Reply
-from server.policy.refusals import RateLimited
+from server.policy.refusals import InvalidRequest, RateLimited
 from tests.api.scripted_client import (
     Desk,
     ScriptedClient,
@@ -57,6 +57,27 @@ async def test_a_client_that_leaves_while_its_operation_waits_cancels_it() -> No
         client.leave()
         await answer
     assert (client.sent, cancelled, left_behind(client)) == ([], 1, True)
+
+
+async def test_an_operation_that_makes_an_error_of_its_cancellation_refuses_nobody() -> None:
+    """vLLM does so where the answer is not streamed."""
+
+    async def waiting(_: Call) -> Reply:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as cancelled:
+            raise InvalidRequest("Client disconnected") from cancelled
+        raise AssertionError("nobody wakes it")
+
+    desk, client = Desk(waiting), ScriptedClient()
+    async with nothing_left_over(desk):
+        answer = desk.answer(client)
+        await asyncio.sleep(0.01)
+        client.leave()
+        await answer
+        assert answer.cancelling() == 0
+    assert (client.sent, left_behind(client)) == ([], True)
+    assert "refusal" not in client.scope["state"]
 
 
 @pytest.mark.parametrize("opening", [(), ("event: response.created\n\n",)])
