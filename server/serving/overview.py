@@ -53,7 +53,7 @@ COUNTERS: Final = (
     _FALLBACK_UP, _FALLBACK_REQUESTS,
 )  # fmt: skip
 HISTOGRAMS: Final[Mapping[str, str]] = {
-    "ttft_s": "vllm:time_to_first_token_seconds",
+    "ttft_s": "tidegate_time_to_first_token_seconds",  # with the wait in our queue, which vLLM's does not see
     "itl_s": "vllm:inter_token_latency_seconds",
     "queue_wait_s": "tidegate_queue_wait_seconds",
 }

@@ -69,7 +69,7 @@ class Served:
         return httpx.request(method, f"{self.running.url}{path}", json=body, headers=headers, timeout=30)
 
     def chat(self, text: str, max_tokens: int = 16) -> int:
-        body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": max_tokens}
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": max_tokens, "stream": True}
         headers = {"authorization": f"Bearer {self.tenant_key}"}
         answer = httpx.post(f"{self.running.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
         return answer.status_code
