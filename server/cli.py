@@ -103,6 +103,18 @@ def cli() -> None:
     """Tidegate: an OpenAI-compatible inference server around vLLM."""
 
 
+def _settings(
+    flags: dict[str, Any], settings_file: Path | None, vllm_args: tuple[str, ...]
+) -> tuple[Settings, tuple[str, ...]]:
+    """The settings, and the flags that are vLLM's. Raises `click.UsageError`."""
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    vllm_args = _without_aliases(vllm_args, given)
+    try:
+        return load_settings(given, settings_file), vllm_args
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from error
+
+
 @click.pass_context
 def _serve(
     ctx: click.Context, /, settings_file: Path | None, vllm_args: tuple[str, ...], help_vllm: bool, **flags: Any
@@ -119,12 +131,7 @@ def _serve(
 
         click.echo(vllm_help())
         return
-    given = {name: value for name, value in flags.items() if value not in (None, ())}
-    vllm_args = _without_aliases(vllm_args, given)
-    try:
-        settings = load_settings(given, settings_file)
-    except SettingsError as error:
-        raise click.UsageError(str(error)) from error
+    settings, vllm_args = _settings(flags, settings_file, vllm_args)
     from server.lifecycle import serve
 
     sys.exit(serve(settings, vllm_args, versions()))
@@ -165,12 +172,7 @@ def _doctor(
     if "-h" in vllm_args:
         click.echo(ctx.get_help())
         return
-    given = {name: value for name, value in flags.items() if value not in (None, ())}
-    vllm_args = _without_aliases(vllm_args, given)
-    try:
-        settings = load_settings(given, settings_file)
-    except SettingsError as error:
-        raise click.UsageError(str(error)) from error
+    settings, vllm_args = _settings(flags, settings_file, vllm_args)
     from server.commands.doctor import examine
 
     sys.exit(examine(settings, vllm_args, gpus, as_json=as_json))
