@@ -143,6 +143,10 @@ def _percentiles(name: str, values_s: Sequence[float]) -> dict[str, float]:
     """The median, the 95th and the 99th percentile, in milliseconds; nothing where there are no values."""
     if not values_s:
         return {}
-    ordered = sorted(values_s)
-    tails = {f"{name}_p{p}_ms": ordered[math.ceil(p / 100 * len(ordered)) - 1] * 1000 for p in (95, 99)}
+    tails = {f"{name}_p{p}_ms": percentile(values_s, p) * 1000 for p in (95, 99)}
     return {f"{name}_p50_ms": statistics.median(values_s) * 1000, **tails}
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The value that so many percent are not above. There must be one."""
+    return sorted(values)[math.ceil(percent / 100 * len(values)) - 1]

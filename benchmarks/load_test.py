@@ -20,6 +20,7 @@ import click
 import httpx
 
 from benchmarks.comparison import Comparison, Metric, Row, machine, say
+from benchmarks.load import percentile
 from benchmarks.load_profiles import PROFILES, Profile
 from benchmarks.load_report import write_report
 
@@ -113,7 +114,7 @@ def _figures(measured: dict[str, Any]) -> dict[str, Any]:
         "requests_per_s": measured["request_throughput"],
         "duration_s": measured["duration"],
         **{
-            f"{name}_p{percent}_ms": _percentile(values, percent)
+            f"{name}_p{percent}_ms": percentile(values, percent) if values else 0.0
             for name, values in samples.items()
             for percent in _PERCENTILES
         },
@@ -128,11 +129,6 @@ def _samples(measured: dict[str, Any]) -> dict[str, list[float]]:
         "itl": [1000 * gap_s for number in good for gap_s in measured["itls"][number]],
         "total": [1000 * measured["latencies"][number] for number in good],
     }
-
-
-def _percentile(values: Sequence[float], percent: int) -> float:
-    """0 where nothing was answered."""
-    return sorted(values)[math.ceil(percent / 100 * len(values)) - 1] if values else 0.0
 
 
 def compared(turns: Sequence[tuple[dict[str, Any], dict[str, Any]]], urls: tuple[str, str], profile: str) -> Comparison:
