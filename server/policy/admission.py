@@ -9,12 +9,14 @@ from typing import Final
 from server.policy.backlog import Backlog, Ticket
 from server.policy.fairness import TokenCounters, cost
 from server.policy.forecast import Rates, Step, place_wait_s
-from server.policy.ledger import Held, Ledger, kv_room, places
+from server.policy.ledger import MAX_EVICTIONS, Held, Ledger
 from server.policy.objectives import Objectives, Unloaded
 from server.policy.reservations import Ask, Capacity, Growth, reservation
+from server.policy.room import NOTHING, Room, room_for, whole_engine
 from server.policy.running_cap import RunningCap
 from server.policy.tenants import TrafficClass
-from server.policy.terms import DEFAULT_TERMS, TRAFFIC_CLASSES, Terms
+from server.policy.terms import DEFAULT_TERMS, Terms
+from server.policy.usual import Usual
 from server.policy.verdicts import Admit, Consumed, Enqueue, Shed
 
 # The backlog stays with us, where it has an order: in the engine's own queue stand at most this many, or an eighth of
@@ -23,9 +25,9 @@ _ENGINE_QUEUE: Final = 2
 _ENGINE_QUEUE_SHARE: Final = 8
 # Prompts in the engine take at most so many times the pace of a stream (the TPOT objective), or else one at a time.
 _PREFILL_PACES: Final = 2.0
-_FAVOUR: Final = 2
-_USUAL_WEIGHT: Final = 0.05
-_LEAST_SHARE: Final = 0.1
+# Batches may fill the whole engine when nobody has been there for so long. What they took beyond their share is given
+# up when somebody comes, and is lost: the longer the wait, the rarer that is.
+_QUIET_S: Final = 60.0
 # Clients that name no cap get what the window leaves, and use little of it.
 _FIRST_ANSWER_TOKENS: Final = 256
 # Where the SLO is missed by this factor, asking again at once is pointless.
@@ -34,27 +36,6 @@ _HOPELESS: Final = 3.0
 _DEADLINE_SHARE: Final = 0.8
 # A prompt that needs long by itself may take twice its own time, whatever the objective is.
 _OWN_FACTOR: Final = 2.0
-
-
-@dataclass(slots=True)
-class _Usual:
-    """What comes usually: how long the answers may be, and how much of what is let in belongs to which class."""
-
-    max_tokens: float = 0.0
-    shares: dict[TrafficClass, float] = field(default_factory=lambda: dict.fromkeys(TRAFFIC_CLASSES, 0.0))
-
-    def asked(self, max_tokens: int) -> None:
-        weight = _USUAL_WEIGHT if self.max_tokens else 1.0
-        self.max_tokens += weight * (max_tokens - self.max_tokens)
-
-    def admitted(self, traffic_class: TrafficClass) -> None:
-        for name in self.shares:
-            self.shares[name] += _USUAL_WEIGHT * ((name == traffic_class) - self.shares[name])
-
-    def share_left_to(self, traffic_class: TrafficClass) -> float:
-        """The part of all places that higher classes do not take before a request of this class has its turn."""
-        above = TRAFFIC_CLASSES[: TRAFFIC_CLASSES.index(traffic_class)]
-        return max(_LEAST_SHARE, 1.0 - sum(self.shares[name] for name in above))
 
 
 @dataclass(slots=True)
@@ -75,7 +56,8 @@ class Admission:
     _since_step: int = 0
     _short_of_places: bool = False
     _numbers: int = 0
-    _usual: _Usual = field(default_factory=_Usual)
+    _last_online_s: float = -_QUIET_S
+    _usual: Usual = field(default_factory=Usual)
     _busy_since_s: dict[TrafficClass, float] = field(default_factory=dict)
     _expired_s: dict[TrafficClass, float] = field(default_factory=dict)
 
@@ -114,18 +96,17 @@ class Admission:
         traffic_class = terms.traffic_class
         ahead = self.backlog.ahead_of(traffic_class, tenant, terms.priority)
         favoured = self._is_favoured(traffic_class, tenant)
-        limit = places(traffic_class, self.cap.soon, self.capacity.max_running, favoured=favoured)
-        room = kv_room(traffic_class, self.capacity, favoured=favoured)
+        room = room_for(traffic_class, self.cap.soon, self.capacity, favoured=favoured)
         residence_s = self._residence_s(now_s)
-        needed = ahead.sequences + min(ask.sequences, limit) - (limit - self.ledger.sequences)
+        needed = ahead.sequences + min(ask.sequences, room.places) - (room.places - self.ledger.sequences)
         self._short_of_places |= needed > 0
-        tokens = ahead.prompt_tokens + self.growth.expected * ahead.max_tokens
-        tokens += min(reservation(ask, self.growth, self.capacity), room) - (room - self._promised())
-        if traffic_class == "critical":  # it need not wait for what it may drive out
-            victims = self.ledger.victims()
-            needed -= sum(held.sequences for held in victims)
-            tokens -= sum(held.reserved for held in victims)
-        wait_s = max(place_wait_s(needed, limit, residence_s), place_wait_s(tokens, room, residence_s))
+        tokens = ahead.prompt_tokens + self.growth.tokens(ahead.max_tokens, ahead.sequences)
+        tokens += min(reservation(ask, self.growth, self.capacity), room.kv_tokens)
+        tokens -= room.kv_tokens - self._promised()
+        if max(needed, tokens) > 0:  # it need not wait for what it may drive out
+            free = self.ledger.given_up(self._victims_for(traffic_class))
+            needed, tokens = needed - free.places, tokens - free.kv_tokens
+        wait_s = max(place_wait_s(needed, room.places, residence_s), place_wait_s(tokens, room.kv_tokens, residence_s))
         wait_s /= self._usual.share_left_to(traffic_class)
         rate = self.rates.prefill_tokens_per_s(self.unloaded)
         ahead_s = ahead.prompt_tokens / rate if rate else 0.0
@@ -162,6 +143,8 @@ class Admission:
     def arrive(self, terms: Terms, tenant: str, ask: Ask, arrived_s: float, now_s: float) -> Enqueue | Shed:
         """Put a request into the queue unless it would wait too long there."""
         self._usual.asked(ask.max_tokens)
+        if not terms.offline:
+            self._last_online_s = now_s
         self.backlog.welcome(tenant)
         if (shed := self.refuses(terms, tenant, ask, now_s - arrived_s, now_s)) is not None:
             return shed
@@ -177,6 +160,7 @@ class Admission:
             number=self._numbers,
             priority=terms.priority,
             cost=cost(ask.prompt_tokens, self._expected_completion(ask)),
+            offline=terms.offline,
         )
         self._enter(ticket, now_s)
         return Enqueue(ticket, round(ahead.requests) + 1, wait_s)
@@ -200,12 +184,12 @@ class Admission:
         newest_first = self.newest_first(name, now_s)
         tenants = self.backlog.tenants(name)
         ticket = self.backlog.head(name, tenants, newest_first=newest_first)
-        if now_s <= ticket.deadline_s and not self._fits(ticket):
+        if now_s <= ticket.deadline_s and not self._fits(ticket, self._room(ticket, now_s)):
             light = self._light(name, tenants)
             if not light or ticket.tenant in light:
                 return None
             ticket = self.backlog.head(name, light, newest_first=newest_first)
-            if now_s <= ticket.deadline_s and not self._fits(ticket):
+            if now_s <= ticket.deadline_s and not self._fits(ticket, self._room(ticket, now_s)):
                 return None
         self.leave(ticket)
         return self._admit(ticket, now_s) if now_s <= ticket.deadline_s else self.expired(ticket, now_s)
@@ -235,6 +219,8 @@ class Admission:
         """A request is over, however it ended: its tenant is charged what it really used."""
         if not self.ledger.release(held):
             return
+        if not held.ticket.offline:
+            self._last_online_s = now_s
         ask = held.ticket.ask
         used = cost(max(0, ask.prompt_tokens - consumed.cached_tokens), consumed.completion_tokens)
         self.counters.charge(held.ticket.tenant, used - held.ticket.cost)
@@ -244,22 +230,30 @@ class Admission:
             self.growth = self.growth.finished(consumed.completion_tokens, most, self._usual.max_tokens)
 
     def victims(self) -> list[Held]:
-        """Batch work to be aborted and put back, so that the critical request which waits first can run.
+        """Batch work to be aborted and put back, so that the request which waits first can run.
 
         The caller ends them; their places are free once they are released.
         """
-        if self.capacity is None or self.backlog.first_class() != "critical":
+        if self.capacity is None or (name := self.backlog.first_class()) is None:
             return []
-        ticket = self.backlog.head("critical", self.backlog.tenants("critical"), newest_first=False)
-        freed, places_freed = self.ledger.evicted_tokens(), self.ledger.evicted_sequences()
-        chosen: list[Held] = []
-        for held in self.ledger.victims():
-            if self._fits(ticket, freed, places_freed):
+        if not (candidates := self._victims_for(name)):
+            return []
+        ticket = self.backlog.head(name, self.backlog.tenants(name), newest_first=False)
+        room, chosen = self._class_room(ticket), list[Held]()
+        for held in candidates:
+            if self._fits(ticket, room, self.ledger.given_up(())):
                 break
             held.evicted = True
             chosen.append(held)
-            freed, places_freed = freed + held.reserved, places_freed + held.sequences
-        return chosen if self._fits(ticket, freed, places_freed) else self._spared(chosen)
+        return chosen if self._fits(ticket, room, self.ledger.given_up(())) else self._spared(chosen)
+
+    def _victims_for(self, traffic_class: TrafficClass) -> list[Held]:
+        """What a request may drive out: a critical one any batch work, other people's what it has beyond its share."""
+        if self.capacity is None or traffic_class == "batch":
+            return []
+        if traffic_class == "critical":
+            return self.ledger.victims()
+        return self.ledger.overhang(room_for("batch", self.cap.limit, self.capacity, favoured=False))
 
     @staticmethod
     def _spared(chosen: list[Held]) -> list[Held]:
@@ -292,9 +286,8 @@ class Admission:
     def _admit(self, ticket: Ticket, now_s: float) -> Admit:
         ask, sequences, reserved, prompt_tokens = ticket.ask, ticket.ask.sequences, 0, 0
         if self.capacity is not None:
-            favoured = self._is_favoured(ticket.traffic_class, ticket.tenant)
-            room = kv_room(ticket.traffic_class, self.capacity, favoured=favoured)
-            reserved = min(reservation(ask, self.growth, self.capacity), room)
+            room = self._room(ticket, now_s)
+            reserved = min(reservation(ask, self.growth, self.capacity), room.kv_tokens)
             prompt_tokens = self.capacity.in_blocks(ask.prompt_tokens) * sequences
         held = Held(ticket, reserved, sequences, prompt_tokens, now_s)
         self.ledger.admit(held)
@@ -303,19 +296,36 @@ class Admission:
         self._usual.admitted(ticket.traffic_class)
         return Admit(held)
 
-    def _fits(self, ticket: Ticket, freed_tokens: int = 0, freed_places: int = 0) -> bool:
+    def _room(self, ticket: Ticket, now_s: float) -> Room:
+        """What may be taken while this one is let in."""
+        assert self.capacity is not None
+        if not ticket.offline:
+            self._last_online_s = now_s  # somebody waits
+        elif self._is_quiet(now_s) and ticket.returned < MAX_EVICTIONS:
+            return whole_engine(self.capacity)
+        return self._class_room(ticket)
+
+    def _class_room(self, ticket: Ticket) -> Room:
         assert self.capacity is not None
         favoured = self._is_favoured(ticket.traffic_class, ticket.tenant)
-        limit = places(ticket.traffic_class, self.cap.limit, self.capacity.max_running, favoured=favoured)
-        taken = self.ledger.sequences - freed_places
-        if taken > 0 and taken + ticket.ask.sequences > limit:  # more sequences than the limit run alone
-            self._short_of_places = True
+        return room_for(ticket.traffic_class, self.cap.limit, self.capacity, favoured=favoured)
+
+    def _is_quiet(self, now_s: float) -> bool:
+        """Whether nobody but batches has been there for a while."""
+        return self.ledger.sequences == self.ledger.offline_sequences and now_s - self._last_online_s >= _QUIET_S
+
+    def _fits(self, ticket: Ticket, room: Room, freed: Room = NOTHING) -> bool:
+        assert self.capacity is not None
+        taken = self.ledger.sequences - freed.places
+        together = taken + ticket.ask.sequences
+        if taken > 0:
+            self._short_of_places |= together > (self.cap.limit if ticket.offline else room.places)
+            if together > room.places:  # more sequences than there are places run alone
+                return False
+        if not freed.places and not self._engine_takes(ticket, room):
             return False
-        if not freed_places and not self._engine_takes(ticket, favoured=favoured or ticket.traffic_class == "critical"):
-            return False
-        room = kv_room(ticket.traffic_class, self.capacity, favoured=favoured)
-        wanted = min(reservation(ticket.ask, self.growth, self.capacity), room)
-        return max(0.0, self._promised() - freed_tokens) + wanted <= room
+        wanted = min(reservation(ticket.ask, self.growth, self.capacity), room.kv_tokens)
+        return max(0.0, self._promised() - freed.kv_tokens) + wanted <= room.kv_tokens
 
     def _is_favoured(self, traffic_class: TrafficClass, tenant: str) -> bool:
         """Whether a tenant that uses little may use the room that its class leaves, so that its wait does not depend on
@@ -329,13 +339,13 @@ class Admission:
         part = self.ledger.equal_part(tenants[0], self.backlog.all_tenants(), self.cap.limit)
         return [tenant for tenant in tenants if self.ledger.places_of(tenant) < part]
 
-    def _engine_takes(self, ticket: Ticket, *, favoured: bool) -> bool:
+    def _engine_takes(self, ticket: Ticket, room: Room) -> bool:
         """Whether the engine is near enough to the end of the prompts it has.
 
         Prompts that come one by one slow the running streams down a little for a while; all at once they stop them. And
         what waits in the engine is served in its order, not in ours. Who is favoured may go in beside the others.
         """
-        ledger, factor = self.ledger, _FAVOUR if favoured else 1
+        ledger, factor = self.ledger, room.favour
         in_queue = min(self._engine_waiting + self._since_step, ledger.prefilling)
         if in_queue >= factor * max(_ENGINE_QUEUE, self.cap.limit // _ENGINE_QUEUE_SHARE):
             return False
@@ -354,7 +364,7 @@ class Admission:
         known_s = self.rates.residence_s
         if not known_s:
             pace_s = self.cap.itl_s or (self.unloaded.tpot_s if self.unloaded else 0.0)
-            known_s = min(self.growth.expected * self._usual.max_tokens, _FIRST_ANSWER_TOKENS) * pace_s
+            known_s = min(self.growth.tokens(self._usual.max_tokens), _FIRST_ANSWER_TOKENS) * pace_s
         return max(known_s, self.ledger.mean_age_s(now_s))
 
     def _own_s(self, ask: Ask) -> float:

@@ -20,6 +20,7 @@ class Ticket:
     """One engine request that waits or runs. `cost` are its expected weighted tokens, for its tenant's counter.
 
     `deadline_s` is the last moment at which starting it makes sense. `returned`: it ran already and was put back.
+    `offline`: it is a line of a batch.
     """
 
     tenant: str
@@ -31,6 +32,7 @@ class Ticket:
     priority: int = 0
     cost: float = 0.0
     returned: int = 0
+    offline: bool = False
 
     @property
     def place(self) -> Place:

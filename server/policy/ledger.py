@@ -1,18 +1,14 @@
 """What the engine's running requests hold: KV tokens promised to them, and places."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from math import ceil
 from typing import Final
 
 from server.policy.backlog import Ticket
-from server.policy.reservations import CLASS_SHARES, Capacity
+from server.policy.room import Room
 from server.policy.tenants import TrafficClass
 
-_MAX_EVICTIONS: Final = 3
-# Shares of the running cap, as `CLASS_SHARES` are of the KV cache.
-_PLACES: Final[Mapping[TrafficClass, float]] = {**CLASS_SHARES, "critical": 1.3}
-_FAVOURED_PLACES: Final = 1.15
+MAX_EVICTIONS: Final = 3
 
 
 @dataclass(eq=False, slots=True)
@@ -40,7 +36,7 @@ class Held:
     def evictable(self) -> bool:
         """Batch work that has streamed nothing loses only time. A few times, so that it ends one day."""
         batch = self.ticket.traffic_class == "batch"
-        return batch and not self.streamed and not self.evicted and self.ticket.returned < _MAX_EVICTIONS
+        return batch and not self.streamed and not self.evicted and self.ticket.returned < MAX_EVICTIONS
 
 
 class Ledger:
@@ -52,6 +48,8 @@ class Ledger:
         self.sequences = 0
         self.prefilling = 0  # sequences whose prompt is not in the KV cache yet
         self.prefilling_tokens = 0  # and the tokens of these prompts
+        self.offline_sequences = 0  # lines of batches
+        self.offline_reserved = 0
         self._unfilled = 0
         self._admitted_s = 0.0
         self._by_tenant: dict[str, int] = {}
@@ -74,8 +72,7 @@ class Ledger:
 
     def admit(self, held: Held) -> None:
         self._held[held.ticket.number] = held
-        self.reserved += held.reserved
-        self.sequences += held.sequences
+        self._hold(held, 1)
         self._prefilling(held, 1)
         self._unfilled += held.unfilled
         self._admitted_s += held.admitted_s
@@ -95,8 +92,7 @@ class Ledger:
         """Give back what it holds. Returns False when that was done before."""
         if self._held.pop(held.ticket.number, None) is None:
             return False
-        self.reserved -= held.reserved
-        self.sequences -= held.sequences
+        self._hold(held, -1)
         self._unfilled -= held.unfilled
         if not held.prefilled:
             self._prefilling(held, -1)
@@ -107,6 +103,13 @@ class Ledger:
         self._admitted_s = self._admitted_s - held.admitted_s if self._held else 0.0
         return True
 
+    def _hold(self, held: Held, sign: int) -> None:
+        self.reserved += sign * held.reserved
+        self.sequences += sign * held.sequences
+        if held.ticket.offline:
+            self.offline_reserved += sign * held.reserved
+            self.offline_sequences += sign * held.sequences
+
     def _prefilling(self, held: Held, sign: int) -> None:
         self.prefilling += sign * held.sequences
         self.prefilling_tokens += sign * held.ticket.ask.prompt_tokens
@@ -115,9 +118,12 @@ class Ledger:
         """KV tokens that are spoken for, where `used_tokens` are in use by the engine's own count.
 
         Both the sum of all reservations and what is in use plus what is still to be filled are upper bounds. The
-        second counts a prompt prefix once that several requests share; the first does not lag a step behind.
+        second counts a prompt prefix once that several requests share; the first does not lag a step behind. Answers
+        that became longer than was expected are counted as they are.
         """
-        return min(self.reserved, used_tokens + self._unfilled)
+        if not self._held:
+            return 0.0
+        return max(used_tokens, min(self.reserved, used_tokens + self._unfilled))
 
     def mean_age_s(self, now_s: float) -> float:
         """How long the requests that run have been running, on average."""
@@ -126,30 +132,28 @@ class Ledger:
     def victims(self) -> list[Held]:
         """What can be given up for a critical request, the least work first."""
         return sorted(
-            (held for held in self._held.values() if held.evictable), key=lambda held: held.admitted_s, reverse=True
+            (held for held in self._held.values() if held.evictable),
+            key=lambda held: (held.admitted_s, held.ticket.number),
+            reverse=True,
         )
 
-    def evicted_sequences(self) -> int:
-        """Places that are about to be given back."""
-        return sum(held.sequences for held in self._held.values() if held.evicted)
+    def overhang(self, share: Room) -> list[Held]:
+        """Of the batches' lines, what they hold beyond their share and can give up, the least work first."""
+        places, tokens = self.offline_sequences - share.places, self.offline_reserved - share.kv_tokens
+        if max(places, tokens) <= 0:
+            return []
+        going = self.given_up(())
+        places, tokens = places - going.places, tokens - going.kv_tokens
+        beyond: list[Held] = []
+        for held in self.victims():
+            if max(places, tokens) <= 0:
+                break
+            if held.ticket.offline:
+                beyond.append(held)
+                places, tokens = places - held.sequences, tokens - held.reserved
+        return beyond
 
-    def evicted_tokens(self) -> int:
-        """KV tokens that are about to be given back."""
-        return sum(held.reserved for held in self._held.values() if held.evicted)
-
-
-def places(traffic_class: TrafficClass, limit: int, most: int, *, favoured: bool) -> int:
-    """How many sequences may run while a request of this class is let in, if `limit` keep the pace and `most` fit.
-
-    The limit is about speed and not about memory: who goes first may pass it by a little, and it falls for the others
-    until the pace is right again.
-    """
-    if traffic_class == "batch":
-        return max(1, int(_PLACES["batch"] * limit))
-    share = _FAVOURED_PLACES if favoured and traffic_class == "default" else _PLACES[traffic_class]
-    return min(ceil(share * limit), most)  # rounded up: two places are two places for people
-
-
-def kv_room(traffic_class: TrafficClass, capacity: Capacity, *, favoured: bool) -> int:
-    """KV tokens that may be promised while a request of this class is let in."""
-    return capacity.kv_limit("critical" if favoured and traffic_class == "default" else traffic_class)
+    def given_up(self, victims: Iterable[Held]) -> Room:
+        """What is free once these are gone, and those that were told before."""
+        going = [*(held for held in self._held.values() if held.evicted), *victims]
+        return Room(sum(held.sequences for held in going), sum(held.reserved for held in going))

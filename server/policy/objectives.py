@@ -15,7 +15,7 @@ _TPOT_FACTOR: Final = 2.0
 # fewer streams for a better pace costs throughput, and nobody asked for that: unset, the pace only
 # keeps an overloaded engine from standing still.
 _LEAST_TTFT_S: Final = 10.0
-_LEAST_TPOT_S: Final = 0.5
+_LEAST_TPOT_S: Final = 1.0
 # An engine that was too slow to be measured at the start is a slow one.
 _UNKNOWN_TTFT_S: Final = 60.0
 _UNKNOWN_TPOT_S: Final = 1.0

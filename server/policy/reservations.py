@@ -16,6 +16,9 @@ _FIRST_GROWTH: Final = 0.7
 _LEAST_GROWTH: Final = 0.1
 _DECAY_STEPS: Final = 600
 _USE_WEIGHT: Final = 0.05
+# Clients that name no cap could take the whole window. Until answers have shown how long they are, nobody is expected to
+# write more than this.
+_LONG_ANSWER_TOKENS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,11 @@ class Growth:
     def expected(self) -> float:
         return max(self.ratio, self.used or 0.0)
 
+    def tokens(self, max_tokens: float, sequences: float = 1) -> float:
+        """What is expected of answers that may have so many tokens in all."""
+        hoped = min(self.ratio * max_tokens, _LONG_ANSWER_TOKENS * sequences)
+        return max(hoped, (self.used or 0.0) * max_tokens)
+
     def stepped(self, preemptions: int) -> "Growth":
         """After one engine step."""
         if preemptions:
@@ -75,8 +83,8 @@ class Growth:
 
 
 def reservation(ask: Ask, growth: Growth, capacity: Capacity) -> int:
-    """KV tokens to promise: `ceil_block(prompt + growth * max_tokens) * n`."""
-    return capacity.in_blocks(ask.prompt_tokens + growth.expected * ask.max_tokens) * ask.sequences
+    """KV tokens to promise: `ceil_block(prompt + growth.tokens(max_tokens)) * n`."""
+    return capacity.in_blocks(ask.prompt_tokens + growth.tokens(ask.max_tokens)) * ask.sequences
 
 
 def exceeds_cache(ask: Ask, capacity: Capacity) -> bool:

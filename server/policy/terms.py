@@ -27,12 +27,14 @@ _CLASS_STEP: Final = 1000
 class Terms:
     """`timeout_s`: how long the client will wait for its first token; None: as long as its class does.
 
-    `priority`: 0, or how far the client put this request behind its other ones.
+    `priority`: 0, or how far the client put this request behind its other ones. `offline`: nobody waits for its first
+    token, as for a line of a batch.
     """
 
     traffic_class: TrafficClass = "default"
     timeout_s: float | None = None
     priority: int = 0
+    offline: bool = False
 
     def engine_priority(self, asked: int) -> int:
         """The number for vLLM's scheduler. A client can only raise it, which is to wait longer."""

@@ -126,7 +126,7 @@ class Overload(BaseModel):
     )  # fmt: skip
     tpot_slo_s: ByInteractiveClass = Field(
         None, description="Seconds per token of a running stream; the strictest class counts. Unset: twice the "
-        "unloaded figure, at least 0.5.",
+        "unloaded figure, at least 1.",
         json_schema_extra={"flag": "--tpot-slo"},
     )  # fmt: skip
     slow_reader_timeout_s: float = Field(

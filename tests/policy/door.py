@@ -48,6 +48,30 @@ class Door:
             self.admission.kv_usage_ratio = sum(each.prompt_tokens for each in self.running) / self.kv_tokens
         return held
 
+    def fill_with_lines(self, most: int = 100, ask: Ask = USUAL) -> list[Held]:
+        """Lines of a batch until one has to wait; it goes on waiting."""
+        held: list[Held] = []
+        for _ in range(most):
+            assert isinstance(self.line(ask), Enqueue)
+            new = self.let_in()
+            held += new
+            if not new:
+                break
+        return held
+
+    def line(self, ask: Ask = USUAL) -> Enqueue | Shed:
+        """One line of a batch arrives."""
+        return self.admission.arrive(Terms("batch", 3600, offline=True), "jobs", ask, self.now_s, self.now_s)
+
+    def give_up(self) -> list[Held]:
+        """What is driven out goes back into the queue."""
+        victims = self.admission.victims()
+        for held in victims:
+            self.running.remove(held)
+            self.admission.release(held, Consumed(), self.now_s)
+            self.admission.put_back(held, self.now_s)
+        return victims
+
     def fill(self, tenant: str = "a", name: TrafficClass = "default") -> list[Held]:
         """Arrivals of one tenant until one has to wait."""
         held: list[Held] = []

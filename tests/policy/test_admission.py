@@ -170,7 +170,7 @@ def test_requests_that_vanish_before_the_engine_ever_stepped_leave_the_way_free(
 def test_a_prompt_that_requests_share_is_counted_once_where_the_engine_says_so() -> None:
     door = Door(kv_tokens=3000, max_running=64)
     door.admission.cap = RunningCap(limit=64, most=64)
-    door.admission.kv_usage_ratio = 1.0
+    door.admission.kv_usage_ratio = 0.7
     held: list[Held] = []
     for _ in range(20):
         door.arrive()
@@ -219,3 +219,15 @@ def test_before_anything_has_ended_answers_without_a_cap_do_not_look_endless() -
         door.ticket(ask=Ask(50, 8000))
         door.let_in()
     assert isinstance(door.arrive(ask=Ask(50, 8000)), Enqueue)
+
+
+def test_answers_that_became_longer_than_was_expected_are_counted_as_they_are() -> None:
+    door = Door(kv_tokens=3000, max_running=64)
+    door.ticket(ask=Ask(100, 100_000))
+    (held,) = door.let_in()
+    assert held.reserved == 1136
+    door.admission.kv_usage_ratio = 0.8  # it has written 2,300 tokens so far
+    door.ticket(ask=Ask(300, 100))
+    assert door.let_in() == []
+    door.finish(held)  # the last figure of the engine is older than its end
+    assert len(door.let_in()) == 1

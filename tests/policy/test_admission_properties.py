@@ -30,7 +30,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(name=names, tenant=st.sampled_from("abc"), ask=asks, priority=st.integers(0, 2))
     def arrive(self, name: TrafficClass, tenant: str, ask: Ask, priority: int) -> None:
-        verdict = self.admission.arrive(Terms(name, priority=priority), tenant, ask, self.now_s, self.now_s)
+        terms = Terms(name, priority=priority, offline=name == "batch" and priority > 0)
+        verdict = self.admission.arrive(terms, tenant, ask, self.now_s, self.now_s)
         if isinstance(verdict, Enqueue):
             self.waiting.add(verdict.ticket)
             assert verdict.position >= 1
@@ -83,7 +84,7 @@ class AnyOrder(RuleBasedStateMachine):
     def step(self, waiting: int, usage: float, preemptions: int, itl_s: float) -> None:
         self.admission.stepped(Step(len(self.held), waiting, usage, preemptions, itl_s, duration_s=itl_s))
 
-    @rule(seconds=st.floats(0, 4))
+    @rule(seconds=st.one_of(st.floats(0, 4), st.just(60.0)))
     def pass_time(self, seconds: float) -> None:
         self.now_s += seconds
 
@@ -97,6 +98,9 @@ class AnyOrder(RuleBasedStateMachine):
         ledger = self.admission.ledger
         assert ledger.reserved == sum(held.reserved for held in self.held) >= 0
         assert ledger.sequences == sum(held.sequences for held in self.held)
+        lines = [held for held in self.held if held.ticket.offline]
+        assert ledger.offline_sequences == sum(held.sequences for held in lines)
+        assert ledger.offline_reserved == sum(held.reserved for held in lines)
         assert ledger.prefilling == sum(held.sequences for held in self.held if not held.prefilled)
         assert ledger.promised(0) == sum(held.unfilled for held in self.held) >= 0
         assert len(ledger) == len(self.held)

@@ -60,14 +60,14 @@ def test_a_retry_is_spread_over_a_quarter_and_never_at_once() -> None:
 
 
 def test_unset_objectives_are_multiples_of_the_unloaded_figures() -> None:
-    slow = Unloaded(ttft_s=8.0, tpot_s=0.4, prefill_tokens_per_s=100)
+    slow = Unloaded(ttft_s=8.0, tpot_s=0.8, prefill_tokens_per_s=100)
     assert Objectives().ttft("default", slow) == 40
-    assert Objectives().tpot(slow) == 0.8
+    assert Objectives().tpot(slow) == 1.6
 
 
 def test_unset_objectives_leave_a_fast_engine_room() -> None:
     assert Objectives().ttft("critical", UNLOADED) == 10
-    assert Objectives().tpot(Unloaded(0.01, 0.001, 1e6)) == 0.5
+    assert Objectives().tpot(Unloaded(0.01, 0.001, 1e6)) == 1
     assert Objectives().ttft("batch", UNLOADED) == 600
 
 

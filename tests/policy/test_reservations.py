@@ -20,9 +20,20 @@ def test_a_pooling_request_reserves_its_prompt() -> None:
 def test_a_reservation_covers_what_it_counts_on_and_wastes_less_than_a_block(
     prompt: int, most: int, sequences: int, ratio: float
 ) -> None:
-    each = reservation(Ask(prompt, most, sequences), Growth(ratio), CAPACITY) / sequences
-    assert prompt + ratio * most <= each + 1e-6
-    assert each < prompt + ratio * most + CAPACITY.block_tokens
+    growth = Growth(ratio)
+    each = reservation(Ask(prompt, most, sequences), growth, CAPACITY) / sequences
+    assert prompt + growth.tokens(most) <= each + 1e-6
+    assert each < prompt + growth.tokens(most) + CAPACITY.block_tokens
+
+
+def test_an_answer_without_a_cap_is_not_expected_to_fill_the_window() -> None:
+    assert Growth(0.7).tokens(1000) == pytest.approx(700)
+    assert Growth(0.7).tokens(100_000) == 1024
+    assert Growth(0.7).tokens(300_000, sequences=3) == 3 * 1024
+
+
+def test_long_answers_are_expected_where_they_were_seen() -> None:
+    assert Growth(0.1, used=0.5).tokens(100_000) == 50_000
 
 
 def test_growth_falls_over_600_steps_without_a_preemption_and_starts_over_with_one() -> None:

@@ -88,7 +88,7 @@ async def test_batch_work_whose_client_leaves_while_it_is_put_back_is_gone() -> 
     batch = bench.run(bench.request("jobs1", "batch"), silent=True)
     await settle()
     critical = bench.run(bench.request("vip1", "critical"))
-    await until(lambda: bench.gate.admission.ledger.evicted_sequences() > 0)
+    await until(lambda: bench.gate.admission.ledger.given_up(()).places > 0)
     batch.cancel()
     await asyncio.wait({batch})
     assert batch.cancelled()
