@@ -16,8 +16,8 @@ _FIRST_GROWTH: Final = 0.7
 _LEAST_GROWTH: Final = 0.1
 _DECAY_STEPS: Final = 600
 _USE_WEIGHT: Final = 0.05
-# Clients that name no cap could take the whole window. Until answers have shown how long they are, nobody is expected to
-# write more than this.
+# Clients that name no cap could take the whole window. Until answers have shown how long they are, nobody is expected
+# to write more than this.
 _LONG_ANSWER_TOKENS: Final = 1024
 
 
