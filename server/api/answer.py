@@ -6,7 +6,7 @@ and the cleanup runs in that task.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -21,8 +21,8 @@ from server.api import errors
 from server.api.body import ClientLeft, parse_json_object, read_body
 from server.api.disconnect import CancelOnDisconnect
 from server.api.errors import Dialect
-from server.api.sending import WatchedSend
-from server.engine.calls import Call, Frame, Reply, StreamReply
+from server.api.sending import SEND_BODY, WatchedSend, send_now
+from server.engine.calls import Call, DirectFrames, Frame, Reply, StreamReply
 from server.policy.refusals import GenerationFailed, Refusal
 from server.policy.tenants import ANYONE
 from server.serving.requests import OpenRequest
@@ -75,7 +75,7 @@ class OwnedResponse(Response):
             call = await self._read(receive)
             async with (
                 CancelOnDisconnect(receive) as self._client,
-                WatchedSend(send, self._limits.slow_reader_timeout_s, self._client.leave) as self._send,
+                self._watched(send, state.get(SEND_BODY, send)) as self._send,
                 self._service.requests.open(opened),
             ):
                 await self._answer(call, opened)
@@ -84,6 +84,9 @@ class OwnedResponse(Response):
             await self._refuse(refusal, opened)
         except ClientLeft:
             opened.client_left = True
+
+    def _watched(self, send: Send, send_body: Send) -> WatchedSend:
+        return WatchedSend(send, send_body, self._limits.slow_reader_timeout_s, self._client.leave)
 
     async def _read(self, receive: Receive) -> Call:
         request = self._request
@@ -173,11 +176,16 @@ class OwnedResponse(Response):
                     opened.figures.first_frame_s = time.perf_counter()
                     await self._send_frames(b"".join(held), reply.media_type, opened)
                     held.clear()
+                    if isinstance(frames, DirectFrames):
+                        frames.flow_to(self._write)
         opened.figures.last_frame_s = time.perf_counter()
         opened.leave_engine()
         await self._send_frames(b"".join(held), reply.media_type, opened)
         self._client.finish()
         await self._end()
+
+    def _write(self, frame: Frame) -> Awaitable[None] | None:
+        return send_now(self._send, {"type": "http.response.body", "body": _bytes(frame), "more_body": True})
 
     @asynccontextmanager
     async def _kept_alive(self, media_type: str, opened: OpenRequest) -> AsyncIterator[asyncio.Task[None]]:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import errors
 from server.api.noting import note
+from server.api.sending import SEND_BODY
 from server.policy.refusals import Refusal
 from server.policy.tenants import TrafficClass
 from server.serving.requests import OpenRequest
@@ -63,7 +64,7 @@ class Exchange:
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id
+        state["request_id"], state[SEND_BODY] = request_id, send
         status = 500
         id_header = (b"x-request-id", request_id.encode())
 

@@ -1,8 +1,9 @@
 """Sends an answer to a client that may not read it."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
+from typing import Any, Final
 
 import structlog
 from starlette.types import Message, Send
@@ -10,24 +11,28 @@ from starlette.types import Message, Send
 log = structlog.get_logger(__name__)
 
 _LOOKS_PER_TIMEOUT = 4
+# Where the outermost layer leaves, in a request's state, how it sends itself.
+SEND_BODY: Final = "send_body"
 
 
 class WatchedSend:
     """The server's `send`, and a watch over it: when one message does not go out in time, `on_stall` is called once.
 
     The server's buffers are bounded, so `send` waits for a client that does not read. The watch looks a few times per
-    timeout, which costs a frame nothing but a time stamp.
+    timeout, which costs a frame nothing but a time stamp. `send_body` is a shorter way for bodies, at which no layer
+    between here and the server looks.
     """
 
-    def __init__(self, send: Send, timeout_s: float, on_stall: Callable[[], None]) -> None:
+    def __init__(self, send: Send, send_body: Send, timeout_s: float, on_stall: Callable[[], None]) -> None:
         self._send = send
+        self._send_body = send_body
         self._timeout_s = timeout_s
         self._on_stall = on_stall
         self._since_s: float | None = None
 
     async def __call__(self, message: Message) -> None:
         self._since_s = self._loop.time()
-        await self._send(message)
+        await (self._send_body if message["type"] == "http.response.body" else self._send)(message)
         self._since_s = None
 
     async def __aenter__(self) -> "WatchedSend":
@@ -49,3 +54,36 @@ class WatchedSend:
             return
         log.info("a client does not read its answer; it is ended", timeout_s=self._timeout_s)
         self._on_stall()
+
+
+class _Begun:
+    """The rest of a call that was driven up to where it waits."""
+
+    def __init__(self, steps: Generator[Any, Any, None], waits_for: Any) -> None:
+        self._steps = steps
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        waits_for = self._waits_for
+        try:
+            while True:
+                try:
+                    sent = yield waits_for
+                except BaseException as error:  # noqa: BLE001  # a cancellation, say, which is for the call itself
+                    waits_for = self._steps.throw(error)
+                else:
+                    waits_for = self._steps.send(sent)
+        except StopIteration:
+            return
+
+
+def send_now(send: Send, message: Message) -> Awaitable[None] | None:
+    """Send without waiting. Returns what is left to be awaited if the connection is full, and else None.
+
+    May be called outside the request's task, which then awaits the rest. Raises what `send` raises.
+    """
+    steps = send(message).__await__()
+    try:
+        return _Begun(steps, next(steps))
+    except StopIteration:
+        return None

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from server.policy.refusals import Refusal
 
@@ -17,6 +17,21 @@ class Frames(Protocol):
     def __anext__(self) -> Awaitable[Frame]: ...
 
     def aclose(self) -> Awaitable[None]: ...
+
+
+# Writes a frame at once; what is left to be awaited before the next one, if its connection is full. Raises what sending
+# raises.
+Write = Callable[[Frame], Awaitable[None] | None]
+
+
+@runtime_checkable
+class DirectFrames(Frames, Protocol):
+    """Frames that need not all come through `__anext__`."""
+
+    def flow_to(self, write: Write) -> None:
+        """Called between two frames, when the last one is sent: frames may be written from now on while the next one
+        is awaited."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

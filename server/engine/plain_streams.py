@@ -8,7 +8,7 @@ choice the text before and after the words is learnt, and the frames between are
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from json.decoder import scanstring  # type: ignore[attr-defined]  # public in the module, unknown to typeshed
@@ -22,21 +22,29 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.serve.utils.api_utils import should_include_usage
 from vllm.outputs import CompletionOutput, RequestOutput
 
+from server.engine.calls import Write
+from server.engine.progress import progress_here
+from server.engine.shortcut import DELIVERED, Delivered, open_shortcut
+
 _CHAT_TEXT: Final = '"delta":{"content":'
 _COMPLETION_TEXT: Final = '"text":'
 
 Item = TypeVar("Item")
 Frames = AsyncGenerator[str, None]
-Outputs = Callable[[Item], Sequence[tuple[int, CompletionOutput]]]
+Outputs = Sequence[tuple[int, CompletionOutput]]
 
 
 @dataclass(frozen=True, slots=True)
 class Shape(Generic[Item]):
-    """How one endpoint writes: the key in front of the text, how many frames open a stream, what an item holds."""
+    """How one endpoint writes: the key in front of the text, how many frames open a stream, what an item holds.
+
+    `wrapped`: an engine request's output as an item; None where the items come from several engine requests.
+    """
 
     text_key: str
     opening_frames: int
-    outputs: Outputs[Item]
+    outputs: Callable[[Item], Outputs]
+    wrapped: Callable[[RequestOutput], Item] | None
 
 
 @dataclass(slots=True)
@@ -47,6 +55,14 @@ class _Choice:
     after: str
     unseen: list[int] = field(default_factory=list)
 
+    def framed(self, output: CompletionOutput) -> str:
+        return f"{self.before}{encode_basestring(output.text)}{self.after}"
+
+    def frame(self, output: CompletionOutput) -> str:
+        """The frame, which vLLM's generator will not see the tokens of."""
+        self.unseen += output.token_ids
+        return self.framed(output)
+
 
 class _Feed(Generic[Item]):
     """The engine's items as vLLM's generator gets them.
@@ -55,7 +71,7 @@ class _Feed(Generic[Item]):
     wrote less than was thought; from then on it gets every item.
     """
 
-    def __init__(self, items: AsyncIterator[Item], outputs: Outputs[Item]) -> None:
+    def __init__(self, items: AsyncIterator[Item], outputs: Callable[[Item], Outputs]) -> None:
         self._items = items
         self._outputs = outputs
         self._pushed: Item | None = None
@@ -93,36 +109,84 @@ class _Feed(Generic[Item]):
             return None
 
 
-async def spliced(
-    items: AsyncIterator[Item], vllm_frames: Callable[[AsyncIterator[Item]], Frames], shape: Shape[Item]
-) -> Frames:
+class SplicedFrames(Generic[Item]):
     """The frames of `vllm_frames(items)`, most of them made here."""
-    feed = _Feed(items, shape.outputs)
-    choices, due = feed.choices, shape.opening_frames
-    async with aclosing(vllm_frames(feed)) as theirs:
-        while not feed.ran_dry and (item := await feed.pull()) is not None:
-            outputs = shape.outputs(item)
-            if outputs and all(index in choices and output.finish_reason is None for index, output in outputs):
-                for index, output in outputs:
-                    choice = choices[index]
-                    choice.unseen += output.token_ids
-                    yield f"{choice.before}{encode_basestring(output.text)}{choice.after}"
-                continue
-            feed.push(item)
-            frame = ""
-            for _ in range(due + len(outputs)):
-                frame = await anext(theirs, "")
-                if frame:
-                    yield frame
-            due = 0
-            _learn(frame, outputs, choices, shape.text_key)
-        async for frame in theirs:
-            yield frame
+
+    def __init__(
+        self, items: AsyncIterator[Item], vllm_frames: Callable[[AsyncIterator[Item]], Frames], shape: Shape[Item]
+    ) -> None:
+        self._shape = shape
+        self._feed = _Feed(items, shape.outputs)
+        self._frames = self._spliced(vllm_frames)
+        self._write: Write | None = None
+
+    def __aiter__(self) -> SplicedFrames[Item]:
+        return self
+
+    def __anext__(self) -> Awaitable[str]:
+        return anext(self._frames)
+
+    def aclose(self) -> Awaitable[None]:
+        return self._frames.aclose()
+
+    def flow_to(self, write: Write) -> None:
+        """See `DirectFrames`."""
+        if self._shape.wrapped is not None:
+            self._write = write
+
+    async def _spliced(self, vllm_frames: Callable[[AsyncIterator[Item]], Frames]) -> Frames:
+        feed, shape = self._feed, self._shape
+        choices, due, direct = feed.choices, shape.opening_frames, False
+        async with aclosing(vllm_frames(feed)) as theirs:
+            while not feed.ran_dry and (item := await feed.pull()) is not None:
+                outputs = shape.outputs(item)
+                if self._is_plain(outputs):
+                    for index, output in outputs:
+                        yield choices[index].frame(output)
+                    direct = direct or self._opened()
+                    continue
+                feed.push(item)
+                frame = ""
+                for _ in range(due + len(outputs)):
+                    frame = await anext(theirs, "")
+                    if frame:
+                        yield frame
+                due = 0
+                _learn(frame, outputs, choices, shape.text_key)
+            async for frame in theirs:
+                yield frame
+
+    def _is_plain(self, outputs: Outputs) -> bool:
+        """Whether all that these outputs become is text between what was learnt."""
+        choices = self._feed.choices
+        return bool(outputs) and all(index in choices and output.finish_reason is None for index, output in outputs)
+
+    def _opened(self) -> bool:
+        """Open the shortcut, once there is somewhere to write to."""
+        if self._write is None or (progress := progress_here()) is None or (collector := progress.collector) is None:
+            return False
+        open_shortcut(collector, self._deliver)
+        return True
+
+    def _deliver(self, result: RequestOutput) -> Delivered | None:
+        """Write what an output becomes, if that is plain. The task waits meanwhile, so the frames keep their order."""
+        write, wrapped = self._write, self._shape.wrapped
+        assert write is not None
+        assert wrapped is not None
+        outputs = self._shape.outputs(wrapped(result))
+        if self._feed.ran_dry or len(outputs) != 1 or not self._is_plain(outputs):
+            return None
+        ((index, output),) = outputs
+        choice = self._feed.choices[index]
+        try:
+            rest = write(choice.framed(output))
+        except Exception:  # noqa: BLE001  # it is met again where the frame is sent the long way
+            return None
+        choice.unseen += output.token_ids
+        return DELIVERED if rest is None else Delivered(rest)
 
 
-def _learn(
-    frame: str, outputs: Sequence[tuple[int, CompletionOutput]], choices: dict[int, _Choice], text_key: str
-) -> None:
+def _learn(frame: str, outputs: Outputs, choices: dict[int, _Choice], text_key: str) -> None:
     """Take a choice's frame apart, if it is surely the one for this output, with tokens, and not its last.
 
     Before a choice has tokens, vLLM leaves out its empty frames.
@@ -151,7 +215,7 @@ def splice_chat(chat: OpenAIServingChat, parses: Callable[[ChatCompletionRequest
         request_metadata: Any,
         chat_template_kwargs: dict[str, Any] | None = None,
         mm_token_counts: dict[str, int] | None = None,
-    ) -> Frames:
+    ) -> Frames | SplicedFrames[Any]:
         def vllm_frames(items: AsyncIterator[RequestOutput]) -> Frames:
             return whole(
                 request,
@@ -169,9 +233,12 @@ def splice_chat(chat: OpenAIServingChat, parses: Callable[[ChatCompletionRequest
         if not same_frames or _counts_in_frames(request, chat) or chat.enable_log_outputs:
             return vllm_frames(result_generator)
         shape: Shape[RequestOutput] = Shape(
-            _CHAT_TEXT, request.n or 1, lambda item: [(output.index, output) for output in item.outputs]
+            _CHAT_TEXT,
+            request.n or 1,
+            lambda item: [(output.index, output) for output in item.outputs],
+            wrapped=lambda output: output,
         )
-        return spliced(result_generator, vllm_frames, shape)
+        return SplicedFrames(result_generator, vllm_frames, shape)
 
     chat.chat_completion_stream_generator = stream
 
@@ -190,7 +257,7 @@ def splice_completions(completions: OpenAIServingCompletion) -> None:
         num_prompts: int,
         tokenizer: Any,
         request_metadata: Any,
-    ) -> Frames:
+    ) -> Frames | SplicedFrames[Any]:
         def vllm_frames(items: AsyncIterator[tuple[int, RequestOutput]]) -> Frames:
             return whole(
                 request,
@@ -211,8 +278,9 @@ def splice_completions(completions: OpenAIServingCompletion) -> None:
             _COMPLETION_TEXT,
             0,
             lambda item: [(output.index + item[0] * choices, output) for output in item[1].outputs],
+            wrapped=None if num_prompts > 1 else lambda output: (0, output),
         )
-        return spliced(result_generator, vllm_frames, shape)
+        return SplicedFrames(result_generator, vllm_frames, shape)
 
     completions.completion_stream_generator = stream
 

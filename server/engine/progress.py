@@ -44,6 +44,11 @@ class Progress:
         """Prompt tokens found in the prefix cache, by the choice that found fewest: the others find what it left."""
         return min((state.num_cached_tokens for state in self._states if not state.is_prefilling), default=0)
 
+    @property
+    def collector(self) -> RequestOutputCollector | None:
+        """Where the request's task takes its outputs from; all of its choices share one."""
+        return self._states[0].queue if self._states else None
+
     def restart(self) -> None:
         """Forget what was consumed: the request is run again from its beginning."""
         self._states = []
@@ -67,6 +72,11 @@ def followed(
         return outputs()
 
     return start
+
+
+def progress_here() -> Progress | None:
+    """The progress of the engine request that was started last in this task."""
+    return _followed.get()
 
 
 class FollowedOutputProcessor(OutputProcessor):

@@ -67,7 +67,8 @@ class Admission:
     def open(self, capacity: Capacity, unloaded: Unloaded | None) -> None:
         """A new engine serves. Nothing of the last one's figures holds for it."""
         self.capacity, self.unloaded = capacity, unloaded
-        self.cap, self.growth, self.rates = RunningCap.up_to(capacity.max_running), Growth(), Rates()
+        self.cap = RunningCap.up_to(capacity.max_running, asked=bool(self.objectives.tpot_s))
+        self.growth, self.rates = Growth(), Rates()
         self.kv_usage_ratio, self._engine_waiting, self._since_step = 0.0, 0, 0
 
     def close(self) -> None:

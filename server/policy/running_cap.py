@@ -29,19 +29,23 @@ _SETTLE_STEPS: Final = 8
 class RunningCap:
     """`limit` sequences at a time, `itl_s` the smoothed time between two tokens of a stream.
 
-    `starting` until the objective was passed for the first time.
+    It stays between `least` and `most`. `starting` until the objective was passed for the first time.
     """
 
     limit: int
     most: int
+    least: int = 1
     itl_s: float = 0.0
     starting: bool = True
     steps_to_settle: int = 0
 
     @classmethod
-    def up_to(cls, most: int) -> "RunningCap":
-        """For an engine that runs `most` at a time."""
-        return cls(limit=max(1, min(_FIRST_CAP, most)), most=max(1, most))
+    def up_to(cls, most: int, *, asked: bool = True) -> "RunningCap":
+        """For an engine that runs `most` at a time. A pace that was not `asked` for is no reason to begin with few, or
+        to end with fewer than a few."""
+        most = max(1, most)
+        few = min(_FIRST_CAP, most)
+        return cls(limit=few, most=most) if asked else cls(limit=most, most=most, least=few, starting=False)
 
     @property
     def soon(self) -> int:
@@ -52,7 +56,8 @@ class RunningCap:
         """After one engine step whose streams waited `itl_s` for their tokens (None: it had no stream).
 
         `wanted`: somebody would have run but for the limit. One that stops nobody is not raised, and one that is not
-        yet obeyed is not lowered again: what runs over it has to end first.
+        yet obeyed is not lowered again: what runs over it has to end first. Where fewer than half of it run, it is not
+        what makes them slow.
         """
         smoothed = self.itl_s
         if itl_s is not None:
@@ -61,7 +66,7 @@ class RunningCap:
         cap = replace(self, itl_s=smoothed, steps_to_settle=max(0, self.steps_to_settle - 1))
         if cap.steps_to_settle:
             return cap
-        if smoothed > _HIGH_WATER * tpot_slo_s and running and running <= self.limit:
+        if smoothed > _HIGH_WATER * tpot_slo_s and running <= self.limit <= 2 * running:
             return cap._limited(int(_DECREASE * min(self.limit, running)), starting=False)
         if smoothed < _LOW_WATER * tpot_slo_s and wanted:
             fast = self.starting or smoothed < _FAR_BELOW * tpot_slo_s
@@ -70,5 +75,5 @@ class RunningCap:
         return cap
 
     def _limited(self, limit: int, *, starting: bool) -> "RunningCap":
-        limit = max(1, min(limit, self.most))
+        limit = max(self.least, min(limit, self.most))
         return replace(self, limit=limit, starting=starting, steps_to_settle=_SETTLE_STEPS)

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from server.api.answer import WireLimits
-from server.api.sending import WatchedSend
+from server.api.sending import WatchedSend, send_now
 from tests.api.scripted_client import Desk, ScriptedClient, nothing_left_over
 from tests.serving.fake_stack import StreamingOperation
 
@@ -63,7 +63,55 @@ async def test_the_watch_ends_with_the_answer() -> None:
     async def send(_: Any) -> None:
         """Takes everything."""
 
-    async with WatchedSend(send, 0.02, lambda: stalls.append(None)) as watched:
+    async with WatchedSend(send, send, 0.02, lambda: stalls.append(None)) as watched:
         await watched({"type": "http.response.body"})
     await asyncio.sleep(0.05)
     assert stalls == []
+
+
+def full(room: asyncio.Event, sent: list[Any]) -> Any:
+    async def send(message: Any) -> None:
+        await room.wait()
+        await asyncio.sleep(0)
+        sent.append(message)
+
+    return send
+
+
+async def test_a_message_to_a_connection_with_room_is_sent_at_once() -> None:
+    client = ScriptedClient()
+    assert send_now(client.send, {"type": "http.response.body", "body": b"one"}) is None
+    assert client.text == "one"
+
+
+async def test_a_message_to_a_full_connection_is_sent_once_when_there_is_room() -> None:
+    room, sent = asyncio.Event(), list[Any]()
+    rest = send_now(full(room, sent), {"body": b"one"})
+    assert rest is not None
+    room.set()
+    await rest
+    assert sent == [{"body": b"one"}]
+
+
+async def test_whoever_waits_for_room_can_be_cancelled() -> None:
+    room, sent = asyncio.Event(), list[Any]()
+    rest = send_now(full(room, sent), {"body": b"one"})
+    assert rest is not None
+
+    async def wait() -> None:
+        await rest
+
+    waiting = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert waiting.cancelled()
+    assert sent == []
+
+
+async def test_what_sending_raises_is_raised() -> None:
+    async def send(_: Any) -> None:
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        send_now(send, {})

@@ -10,8 +10,9 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.inputs.engine import tokens_input
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
@@ -141,6 +142,16 @@ def test_vllm_calls_generate_without_awaiting_it() -> None:
     """`SeamedEngine.generate` is a plain call that returns an async generator, as vLLM's callers expect."""
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
     assert not inspect.iscoroutinefunction(SeamedEngine.generate)
+
+
+def test_outputs_are_handed_over_in_a_collector_that_its_task_waits_in() -> None:
+    """What the shortcut stands on: `put` in the engine's loop, and `get` once nothing is left to take at once."""
+    assert _parameters(RequestOutputCollector.put) == ["output"]
+    collector = RequestOutputCollector(RequestOutputKind.DELTA, "id")
+    assert (collector.output, collector.ready.is_set()) == (None, False)
+    assert "q.get_nowait() or await q.get()" in inspect.getsource(AsyncLLM.generate)
+    assert "queue.put(request_output)" in inspect.getsource(OutputProcessor.process_outputs)
+    assert "queue" in _parameters(RequestState.__init__)
 
 
 def test_a_steps_statistics_have_the_figures_that_the_gate_is_steered_by() -> None:

@@ -78,3 +78,18 @@ def test_the_cap_stays_between_one_and_what_the_engine_takes(most: int, steps: l
     for itl_s, running, wanted in steps:
         cap = cap.stepped(itl_s, running, SLO_S, wanted=wanted)
         assert 1 <= cap.limit <= most
+
+
+def test_a_slow_minute_with_one_stream_does_not_close_the_door_to_others() -> None:
+    cap = RunningCap(limit=32, most=64, starting=False)
+    for _ in range(100):
+        cap = cap.stepped(1.0, 1, SLO_S, wanted=False)
+    assert cap.limit == 32
+
+
+def test_a_pace_that_nobody_asked_for_never_leaves_fewer_than_a_few() -> None:
+    asked, unasked = RunningCap.up_to(64), RunningCap.up_to(64, asked=False)
+    for _ in range(500):
+        asked = asked.stepped(1.0, asked.limit, SLO_S, wanted=True)
+        unasked = unasked.stepped(1.0, unasked.limit, SLO_S, wanted=True)
+    assert (asked.limit, unasked.limit) == (1, 8)

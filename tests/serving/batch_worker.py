@@ -8,11 +8,13 @@ from redis.asyncio import Redis
 
 from tests.serving.batch_replica import Replica
 from tests.serving.chat_operation import ChatOperation
+from tests.serving.fake_stack import new_gate, new_generation
 
 
 async def main(redis_url: str, folder: Path) -> None:
     redis: Redis = Redis.from_url(redis_url)
-    async with Replica(redis, folder, ChatOperation(delay_s=0.02)).running():
+    slow = ChatOperation(new_generation(new_gate(max_running=4)), delay_s=0.02)
+    async with Replica(redis, folder, slow).running():
         print("running", flush=True)
         await asyncio.Event().wait()
 

@@ -82,10 +82,10 @@ def new_fitter() -> HistoryFitter:
     return HistoryFitter(ContextPolicy(TruncationPolicy(), None), {}, Metrics(CollectorRegistry()))
 
 
-def new_gate() -> Gate:
+def new_gate(max_running: int = 256) -> Gate:
     """A gate that is open, with far more room than a test needs."""
     gate = Gate(Admission(Objectives()), AdmissionMetrics(CollectorRegistry()))
-    gate.open(Capacity(kv_tokens=1 << 20, block_tokens=16, max_running=256), None)
+    gate.open(Capacity(kv_tokens=1 << 20, block_tokens=16, max_running=max_running), None)
     return gate
 
 

@@ -1,0 +1,185 @@
+"""Streams whose frames are written where the engine's outputs arrive: the same frames in the same order."""
+
+import asyncio
+import copy
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.output_processor import RequestOutputCollector
+
+from server.engine.calls import DirectFrames, Frame
+from server.engine.plain_streams import splice_chat
+from server.engine.progress import Progress, followed
+from tests.engine.stream_stories import Chat, Story, chat_frames, stories, words
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(autouse=True)
+def _a_still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
+
+
+@dataclass
+class Connection:
+    """Where frames go: now and then it is full, or broken for a frame that does not take the long way."""
+
+    full: set[int] = field(default_factory=set)
+    broken: set[int] = field(default_factory=set)
+    frames: list[str] = field(default_factory=list)
+    at_once: int = 0
+    room: asyncio.Event | None = None
+
+    async def send(self, frame: Frame) -> None:
+        assert isinstance(frame, str)
+        self.frames.append(frame)
+
+    def write(self, frame: Frame) -> Awaitable[None] | None:
+        self.at_once += 1
+        if self.at_once in self.broken:
+            raise OSError("broken")
+        assert isinstance(frame, str)
+        self.frames.append(frame)
+        return self._until_there_is_room() if self.at_once in self.full else None
+
+    async def _until_there_is_room(self) -> None:
+        await asyncio.sleep(0)
+        if self.room is not None:
+            await self.room.wait()
+
+
+class Engine:
+    """The engine's side of one request: what `AsyncLLM.generate` does with its collector."""
+
+    def __init__(self) -> None:
+        self.collector = RequestOutputCollector(RequestOutputKind.DELTA, "r")
+        self.progress = Progress()
+        self.woken = 0
+
+    def outputs(self) -> AsyncGenerator[RequestOutput, None]:
+        self.progress.follow(SimpleNamespace(queue=self.collector))
+        return self._outputs()
+
+    def put(self, outputs: Sequence[CompletionOutput], *, finished: bool = False, story: Story | None = None) -> None:
+        cached = story.cached_tokens if story else 0
+        prompt = [1, 2, 3]
+        self.collector.put(
+            RequestOutput("r", "prompt", prompt, None, list(outputs), finished, num_cached_tokens=cached)
+        )
+
+    async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
+        finished = False
+        while not finished:
+            output = self.collector.get_nowait() or await self.collector.get()
+            assert isinstance(output, RequestOutput)
+            self.woken += 1
+            finished = output.finished
+            yield output
+
+
+async def _answered(engine: Engine, connection: Connection, request: ChatCompletionRequest) -> None:
+    """What a request's task does: the first frame goes out by itself, and then the others may."""
+    chat = Chat()
+    splice_chat(chat, lambda _: False)
+    items, conversation = followed(engine.progress, engine.outputs)(), [{"role": "assistant", "content": "so far"}]
+    frames = chat.chat_completion_stream_generator(
+        request, items, "id", 'a "text": model', conversation, None, RequestResponseMetadata(request_id="id")
+    )
+    assert isinstance(frames, DirectFrames)
+    await connection.send(await anext(frames))
+    frames.flow_to(connection.write)
+    async for frame in frames:
+        await connection.send(frame)
+
+
+async def _streamed(story: Story, request: ChatCompletionRequest, connection: Connection) -> Engine:
+    engine = Engine()
+    answering = asyncio.create_task(_answered(engine, connection, request))
+    for number, outputs in enumerate(story.items):
+        await _settled()
+        engine.put(outputs, finished=story.failure is None and number == len(story.items) - 1, story=story)
+    await _settled()
+    if story.failure is not None:
+        engine.collector.put(RuntimeError(story.failure))
+    await asyncio.wait_for(answering, 5)
+    return engine
+
+
+def _request(n: int = 1, usage: Any = None) -> ChatCompletionRequest:
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "n": n, "stream_options": usage}
+    return ChatCompletionRequest.model_validate(asked)
+
+
+async def _settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+_NUMBERS = st.sets(st.integers(1, 12), max_size=6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(story=stories(), usage=st.sampled_from([None, {"include_usage": True}]), full=_NUMBERS, broken=_NUMBERS)
+def test_the_frames_are_those_that_vllm_writes(story: Story, usage: Any, full: set[int], broken: set[int]) -> None:
+    theirs = chat_frames(Chat(), _request(story.n, usage), story)
+    connection = Connection(full, broken)
+    asyncio.run(_streamed(copy.deepcopy(story), _request(story.n, usage), connection))
+    assert connection.frames == theirs[:-1]  # the last is the usage that is noted
+
+
+def test_a_stream_wakes_its_task_for_the_first_outputs_and_the_last() -> None:
+    connection = Connection()
+    engine = asyncio.run(_streamed(words(100), _request(), connection))
+    assert (engine.woken, connection.at_once) == (3, 98)
+    assert len(connection.frames) == 1 + 100 + 1 + 1  # the role, the words, the finish, [DONE]
+
+
+def test_outputs_that_come_while_the_connection_is_full_wait_for_it() -> None:
+    async def run() -> list[str]:
+        engine, connection = Engine(), Connection(full={1}, room=asyncio.Event())
+        answering = asyncio.create_task(_answered(engine, connection, _request()))
+        for word in ("a", "b", "c", "d", "e"):
+            await _settled()
+            engine.put([CompletionOutput(0, word, [1], None, None)])
+        await _settled()
+        assert _texts(connection) == ["", "a", "b", "c"]  # c is on its way
+        assert connection.room is not None
+        connection.room.set()
+        await _settled()
+        engine.put([CompletionOutput(0, "", [1], None, None, finish_reason="stop")], finished=True)
+        await asyncio.wait_for(answering, 5)
+        return _texts(connection)
+
+    assert asyncio.run(run()) == ["", "a", "b", "c", "de", ""]
+
+
+def test_a_task_that_is_cancelled_gets_no_more_frames() -> None:
+    async def run() -> list[str]:
+        engine, connection = Engine(), Connection()
+        answering = asyncio.create_task(_answered(engine, connection, _request()))
+        for word in ("a", "b", "c"):
+            await _settled()
+            engine.put([CompletionOutput(0, word, [1], None, None)])
+        answering.cancel()
+        await asyncio.wait({answering})
+        engine.put([CompletionOutput(0, "d", [1], None, None)])
+        return _texts(connection)
+
+    assert asyncio.run(run()) == ["", "a", "b", "c"]
+
+
+def _texts(connection: Connection) -> list[str]:
+    datas = [frame.removeprefix("data: ") for frame in connection.frames]
+    deltas = [json.loads(data)["choices"][0]["delta"] for data in datas if data != "[DONE]\n\n"]
+    return [delta.get("content", "") for delta in deltas]
