@@ -81,8 +81,8 @@ def test_the_objectives_in_force_are_shown_also_when_an_engine_changes_them() ->
         return ttft, registry.get_sample_value("tidegate_objective_tpot_seconds")
 
     assert shown() == (60.0, 1.0)
-    admission.open(Capacity(1000, 16, 4), Unloaded(ttft_s=10.0, tpot_s=0.4, prefill_tokens_per_s=100.0))
-    assert shown() == (50.0, 0.8)
+    admission.open(Capacity(1000, 16, 4), Unloaded(ttft_s=10.0, tpot_s=0.8, prefill_tokens_per_s=100.0))
+    assert shown() == (50.0, 1.6)
 
 
 def test_the_pace_is_that_of_the_tokens_after_the_first() -> None:
