@@ -25,6 +25,8 @@ _ENGINE_QUEUE: Final = 2
 _ENGINE_QUEUE_SHARE: Final = 8
 # Prompts in the engine take at most so many times the pace of a stream (the TPOT objective), or else one at a time.
 _PREFILL_PACES: Final = 2.0
+# And this many times as many where nobody asked for a pace: a crowd that comes at once is done sooner side by side.
+_UNASKED: Final = 2
 # Batches may fill the whole engine when nobody has been there for so long. What they took beyond their share is given
 # up when somebody comes, and is lost: the longer the wait, the rarer that is.
 _QUIET_S: Final = 60.0
@@ -46,6 +48,7 @@ class Admission:
     capacity: Capacity | None = None
     unloaded: Unloaded | None = None
     cap: RunningCap = field(default_factory=lambda: RunningCap.up_to(1))
+    gap_cap: RunningCap = field(default_factory=lambda: RunningCap.up_to(1))  # what batches look at, beside people
     growth: Growth = field(default_factory=Growth)
     rates: Rates = field(default_factory=Rates)
     ledger: Ledger = field(default_factory=Ledger)
@@ -55,6 +58,7 @@ class Admission:
     _engine_waiting: int = 0
     _since_step: int = 0
     _short_of_places: bool = False
+    _short_of_gaps: bool = False
     _numbers: int = 0
     _last_online_s: float = -_QUIET_S
     _usual: Usual = field(default_factory=Usual)
@@ -68,6 +72,7 @@ class Admission:
         """A new engine serves. Nothing of the last one's figures holds for it."""
         self.capacity, self.unloaded = capacity, unloaded
         self.cap = RunningCap.up_to(capacity.max_running, asked=bool(self.objectives.tpot_s))
+        self.gap_cap = RunningCap.up_to(capacity.max_running)
         self.growth, self.rates = Growth(), Rates()
         self.kv_usage_ratio, self._engine_waiting, self._since_step = 0.0, 0, 0
 
@@ -86,9 +91,12 @@ class Admission:
         self.rates = self.rates.stepped(step)
         self.kv_usage_ratio = step.kv_usage_ratio
         self._engine_waiting, self._since_step = step.waiting, 0
+        running, itl_s = self.ledger.sequences, step.itl_s
         slo_s = self.objectives.tpot(self.unloaded)
-        self.cap = self.cap.stepped(step.itl_s, self.ledger.sequences, slo_s, wanted=self._short_of_places)
-        self._short_of_places = False
+        self.cap = self.cap.stepped(itl_s, running, slo_s, wanted=self._short_of_places)
+        gap_slo_s = self.objectives.tpot_beside_batches(self.unloaded)
+        self.gap_cap = self.gap_cap.stepped(itl_s, running, gap_slo_s, wanted=self._short_of_gaps)
+        self._short_of_places = self._short_of_gaps = False
 
     def forecast(self, terms: Terms, tenant: str, ask: Ask, now_s: float) -> float:
         """Seconds until a request that came now would have its first token."""
@@ -97,10 +105,10 @@ class Admission:
         traffic_class = terms.traffic_class
         ahead = self.backlog.ahead_of(traffic_class, tenant, terms.priority)
         favoured = self._is_favoured(traffic_class, tenant)
-        room = room_for(traffic_class, self.cap.soon, self.capacity, favoured=favoured)
+        room = room_for(traffic_class, self._cap_for(traffic_class).soon, self.capacity, favoured=favoured)
         residence_s = self._residence_s(now_s)
         needed = ahead.sequences + min(ask.sequences, room.places) - (room.places - self.ledger.sequences)
-        self._short_of_places |= needed > 0
+        self._is_short(traffic_class, needed > 0)
         tokens = ahead.prompt_tokens + self.growth.tokens(ahead.max_tokens, ahead.sequences)
         tokens += min(reservation(ask, self.growth, self.capacity), room.kv_tokens)
         tokens -= room.kv_tokens - self._promised()
@@ -254,7 +262,7 @@ class Admission:
             return []
         if traffic_class == "critical":
             return self.ledger.victims()
-        return self.ledger.overhang(room_for("batch", self.cap.limit, self.capacity, favoured=False))
+        return self.ledger.overhang(room_for("batch", self.gap_cap.limit, self.capacity, favoured=False))
 
     @staticmethod
     def _spared(chosen: list[Held]) -> list[Held]:
@@ -309,7 +317,17 @@ class Admission:
     def _class_room(self, ticket: Ticket) -> Room:
         assert self.capacity is not None
         favoured = self._is_favoured(ticket.traffic_class, ticket.tenant)
-        return room_for(ticket.traffic_class, self.cap.limit, self.capacity, favoured=favoured)
+        limit = self._cap_for(ticket.traffic_class).limit
+        return room_for(ticket.traffic_class, limit, self.capacity, favoured=favoured)
+
+    def _cap_for(self, traffic_class: TrafficClass) -> RunningCap:
+        return self.gap_cap if traffic_class == "batch" else self.cap
+
+    def _is_short(self, traffic_class: TrafficClass, short: bool) -> None:
+        if traffic_class == "batch":
+            self._short_of_gaps |= short
+        else:
+            self._short_of_places |= short
 
     def _is_quiet(self, now_s: float) -> bool:
         """Whether nobody but batches has been there for a while."""
@@ -320,7 +338,8 @@ class Admission:
         taken = self.ledger.sequences - freed.places
         together = taken + ticket.ask.sequences
         if taken > 0:
-            self._short_of_places |= together > (self.cap.limit if ticket.offline else room.places)
+            usual = self._class_room(ticket) if ticket.offline else room
+            self._is_short(ticket.traffic_class, together > usual.places)
             if together > room.places:  # more sequences than there are places run alone
                 return False
         if not freed.places and not self._engine_takes(ticket, room):
@@ -347,14 +366,19 @@ class Admission:
         what waits in the engine is served in its order, not in ours. Who is favoured may go in beside the others.
         """
         ledger, factor = self.ledger, room.favour
+        if ticket.traffic_class == "batch" and not room.whole:
+            cap, pace_s = self.gap_cap, self.objectives.tpot_beside_batches(self.unloaded)
+        else:
+            cap, pace_s = self.cap, self.objectives.tpot(self.unloaded)
+            factor *= 1 if self.objectives.tpot_s else _UNASKED
         in_queue = min(self._engine_waiting + self._since_step, ledger.prefilling)
-        if in_queue >= factor * max(_ENGINE_QUEUE, self.cap.limit // _ENGINE_QUEUE_SHARE):
+        if in_queue >= factor * max(_ENGINE_QUEUE, cap.limit // _ENGINE_QUEUE_SHARE):
             return False
         rate = self.rates.prefill_tokens_per_s(self.unloaded)
         ahead = ledger.prefilling_tokens
         if not ahead or not rate:
             return True
-        return ahead + ticket.ask.prompt_tokens <= factor * _PREFILL_PACES * self.objectives.tpot(self.unloaded) * rate
+        return ahead + ticket.ask.prompt_tokens <= factor * _PREFILL_PACES * pace_s * rate
 
     def _promised(self) -> float:
         assert self.capacity is not None

@@ -57,3 +57,8 @@ class Objectives:
             possible_s = _POSSIBLE_TPOT_FACTOR * unloaded.tpot_s if unloaded else 0.0
             return max(possible_s, min(self.tpot_s.values()))
         return max(_LEAST_TPOT_S, _TPOT_FACTOR * unloaded.tpot_s) if unloaded else _UNKNOWN_TPOT_S
+
+    def tpot_beside_batches(self, unloaded: Unloaded | None) -> float:
+        """Seconds per token that batches have to leave to everyone else: without floors, since they can wait."""
+        asked_or_usual_s = self.tpot(unloaded)
+        return asked_or_usual_s if self.tpot_s or unloaded is None else _TPOT_FACTOR * unloaded.tpot_s

@@ -16,11 +16,15 @@ _FAVOUR: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Sequences, and KV tokens. `favour`: how many times the usual number of prompts may be in the engine with it."""
+    """Sequences, and KV tokens. `favour`: how many times the usual number of prompts may be in the engine with it.
+
+    `whole`: nobody else is there.
+    """
 
     places: int
     kv_tokens: int
     favour: int = 1
+    whole: bool = False
 
 
 NOTHING: Final = Room(0, 0)
@@ -47,4 +51,4 @@ def room_for(traffic_class: TrafficClass, limit: int, capacity: Capacity, *, fav
 
 def whole_engine(capacity: Capacity) -> Room:
     """What batches may fill while nobody else is there: no share is kept, and no pace."""
-    return Room(capacity.max_running, capacity.kv_limit("critical"), favour=_FAVOUR)
+    return Room(capacity.max_running, capacity.kv_limit("critical"), favour=_FAVOUR, whole=True)

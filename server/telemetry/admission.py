@@ -32,7 +32,7 @@ class AdmissionMetrics:
             ("class", "where"), registry=registry,
         )  # fmt: skip
         self._evicted = Counter(
-            "tidegate_batch_evictions_total", "Batch requests put back in the queue for a critical one",
+            "tidegate_batch_evictions_total", "Batch requests put back in the queue so that others run",
             registry=registry,
         )  # fmt: skip
         self._preempted = Counter(

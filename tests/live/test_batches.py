@@ -21,8 +21,9 @@ from tests.serving.batch_files import CHAT, jsonl, line, records
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 WITHIN_S = 240.0
+SEQUENCES = 8
 GOING_ON = ("validating", "in_progress", "finalizing", "cancelling")
-Start = Callable[[], RunningServer]
+Start = Callable[..., RunningServer]
 
 
 @pytest.fixture
@@ -30,9 +31,9 @@ def start(tmp_path: Path, tiny_tools_model: Path) -> Iterator[Start]:
     """Start the tiny model on the same data folder each time, and end whatever is left of it after the test."""
     started: list[RunningServer] = []
 
-    def one() -> RunningServer:
-        args = ("--max-model-len", "2048", "--served-model-name", "a-model", "--data-folder", str(tmp_path / "data"))
-        started.append(start_server(tmp_path, str(tiny_tools_model), *args))
+    def one(*args: str) -> RunningServer:
+        usual = ("--max-model-len", "2048", "--served-model-name", "a-model", "--data-folder", str(tmp_path / "data"))
+        started.append(start_server(tmp_path, str(tiny_tools_model), *usual, *args))
         return started[-1]
 
     yield one
@@ -68,7 +69,7 @@ def output(client: OpenAI, batch: Batch) -> list[dict[str, Any]]:
 
 
 def test_a_batch_is_answered_by_the_engine(start: Start) -> None:
-    server = start()
+    server = start("--max-num-seqs", str(SEQUENCES))
     server.wait_until_ready()
     client = sdk(server)
     content = questions(30, 8) + jsonl(
@@ -88,8 +89,22 @@ def test_a_batch_is_answered_by_the_engine(start: Start) -> None:
     assert errors["bad"]["response"]["status_code"] == 400
     assert errors["long"]["response"]["body"]["error"]["code"] == "context_length_exceeded"
     assert server.metric("tidegate_batch_lines_total") == 32
+    the_whole_engine_is_the_batchs_until_somebody_comes(server, client)
     several = client.completions.create(model="a-model", prompt=["Hello", "word " * 4000, "Bye"], max_tokens=4)
     assert [choice.finish_reason for choice in several.choices] == ["length", "error", "length"]
+
+
+def the_whole_engine_is_the_batchs_until_somebody_comes(server: RunningServer, client: OpenAI) -> None:
+    endless = submit(client, questions(200, 400))
+    deadline_s = time.monotonic() + WITHIN_S
+    while server.metric("tidegate_requests_running") < SEQUENCES:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    said = client.completions.create(model="a-model", prompt="Hello", max_tokens=4)
+    assert said.choices[0].finish_reason == "length"
+    assert server.metric("tidegate_batch_evictions_total") > 0
+    client.batches.cancel(endless.id)
+    assert ended(client, client.batches.retrieve(endless.id)).status == "cancelled"
 
 
 def test_each_line_is_answered_once_through_kills_at_random_moments(start: Start) -> None:

@@ -23,6 +23,7 @@ class Door:
         self.admission = Admission(Objectives({"default": ttft_slo_s, "critical": ttft_slo_s}, {"default": 0.1}))
         self.admission.open(Capacity(kv_tokens, 16, max_running), UNLOADED)
         self.admission.cap = replace(self.admission.cap, starting=False)  # its size is known to be right
+        self.admission.gap_cap = self.admission.cap
         self.now_s = 100.0
         self.kv_tokens = kv_tokens
         self.running: list[Held] = []

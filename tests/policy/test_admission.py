@@ -2,10 +2,13 @@ from dataclasses import replace
 
 import pytest
 
+from server.policy.admission import Admission
 from server.policy.forecast import Step
 from server.policy.ledger import Held
+from server.policy.objectives import Objectives
 from server.policy.reservations import Ask, Capacity
 from server.policy.running_cap import RunningCap
+from server.policy.terms import Terms
 from server.policy.verdicts import Admit, Consumed, Enqueue, Shed
 from tests.policy.door import UNLOADED, Door
 
@@ -231,3 +234,17 @@ def test_answers_that_became_longer_than_was_expected_are_counted_as_they_are() 
     assert door.let_in() == []
     door.finish(held)  # the last figure of the engine is older than its end
     assert len(door.let_in()) == 1
+
+
+def test_a_crowd_goes_in_side_by_side_where_nobody_asked_for_a_pace() -> None:
+    in_engine = {}
+    for asked in (True, False):
+        admission = Admission(Objectives({"default": 10.0}, {"default": 1.0} if asked else {}))
+        admission.open(Capacity(100_000, 16, 64), UNLOADED)
+        admission.cap = RunningCap(limit=64, most=64)
+        for _ in range(32):
+            admission.arrive(Terms(), "a", Ask(100, 100), 0.0, 0.0)
+        while admission.next(0.0) is not None:
+            pass
+        in_engine[asked] = len(admission.ledger)
+    assert in_engine == {True: 8, False: 16}

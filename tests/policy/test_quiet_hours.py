@@ -2,11 +2,15 @@
 
 import pytest
 
+from server.policy.admission import Admission
+from server.policy.forecast import Step
 from server.policy.ledger import MAX_EVICTIONS
-from server.policy.reservations import Ask
+from server.policy.objectives import Objectives
+from server.policy.reservations import Ask, Capacity
 from server.policy.tenants import TrafficClass
-from server.policy.verdicts import Enqueue
-from tests.policy.door import Door
+from server.policy.terms import Terms
+from server.policy.verdicts import Admit, Enqueue
+from tests.policy.door import UNLOADED, Door
 
 SHARE = 4  # of the places that keep the pace, which are 8 in these tests
 
@@ -99,4 +103,18 @@ def test_a_line_that_was_driven_out_often_keeps_to_the_share() -> None:
 def test_the_pace_is_still_learnt_while_lines_pass_it() -> None:
     door = Door()
     door.fill_with_lines()
-    assert door.admission._short_of_places
+    assert door.admission._short_of_gaps
+
+
+def test_beside_people_lines_keep_a_pace_that_nobody_asked_for() -> None:
+    admission = Admission(Objectives())
+    admission.open(Capacity(100_000, 16, 64), UNLOADED)  # 0.03 s per token alone
+    slow = Step(running=40, waiting=0, kv_usage_ratio=0.1, itl_s=0.2, generated_tokens=40, duration_s=0.2)
+    for number in range(40):
+        admission.arrive(Terms(), f"person {number}", Ask(10, 100), 0.0, 0.0)
+        while isinstance(verdict := admission.next(0.0), Admit):
+            admission.prefilled(verdict.held)
+        admission.stepped(slow)
+    assert len(admission.ledger) == 40  # people are not held up for a pace of 0.06 s
+    admission.arrive(Terms("batch", 3600, offline=True), "jobs", Ask(10, 100), 0.0, 0.0)
+    assert admission.next(0.0) is None

@@ -42,6 +42,7 @@ class Bench:
     def open(self) -> None:
         self.gate.open(Capacity(100_000, 16, self.places), UNLOADED)
         self.gate.admission.cap = RunningCap(self.places, self.places, starting=False)
+        self.gate.admission.gap_cap = self.gate.admission.cap
 
     @property
     def nothing_held(self) -> bool:
