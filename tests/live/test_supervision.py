@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,13 @@ def nothing_left_of(family: list[psutil.Process], shared_memory: set[str]) -> No
 
 
 def shared_memory_of(family: list[psutil.Process]) -> set[str]:
-    """The names that these processes have mapped, but for the server's own."""
-    maps = (Path(f"/proc/{member.pid}/maps").read_text(encoding="utf-8") for member in family)
-    prefix = f"{SHARED_MEMORY}/"
-    return {line.split(prefix)[1] for text in maps for line in text.splitlines() if prefix in line}
+    """The names that these processes have mapped; those that have ended, like what started a worker, have none."""
+    names = set[str]()
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            mapped = (Path(mapping.path) for mapping in member.memory_maps())
+            names |= {path.name for path in mapped if path.parent == SHARED_MEMORY}
+    return names
 
 
 def test_after_a_kill_open_streams_end_and_the_rest_runs_again(start_tiny: StartTiny) -> None:

@@ -10,7 +10,7 @@ from server.engine.calls import Call, Reply
 from server.policy.refusals import Refusal
 from server.serving.generation import Generation
 from server.serving.requests import current_request
-from tests.serving.fake_stack import demand, new_generation
+from tests.serving.fake_stack import demand, new_gate, new_generation
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class ChatOperation:
     classes that the calls came with.
     """
 
-    generation: Generation = field(default_factory=new_generation)
+    generation: Generation = field(default_factory=lambda: new_generation(new_gate(max_running=32)))
     refusals: list[Refusal] = field(default_factory=list)
     failing: dict[str, Refusal] = field(default_factory=dict)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
