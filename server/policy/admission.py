@@ -34,8 +34,8 @@ _QUIET_S: Final = 60.0
 _FIRST_ANSWER_TOKENS: Final = 256
 # Where the SLO is missed by this factor, asking again at once is pointless.
 _HOPELESS: Final = 3.0
-# The part of a deadline that the forecast may use up; it is a forecast.
-_DEADLINE_SHARE: Final = 0.8
+# The part of a deadline that the forecast may use up; it is a forecast. Who is refused late has waited for nothing.
+_DEADLINE_SHARE: Final = 0.7
 # A prompt that needs long by itself may take twice its own time, whatever the objective is.
 _OWN_FACTOR: Final = 2.0
 
@@ -57,8 +57,7 @@ class Admission:
     kv_usage_ratio: float = 0.0
     _engine_waiting: int = 0
     _since_step: int = 0
-    _short_of_places: bool = False
-    _short_of_gaps: bool = False
+    _short: set[TrafficClass] = field(default_factory=set)  # whose requests would have run but for their cap
     _numbers: int = 0
     _last_online_s: float = -_QUIET_S
     _usual: Usual = field(default_factory=Usual)
@@ -93,10 +92,10 @@ class Admission:
         self._engine_waiting, self._since_step = step.waiting, 0
         running, itl_s = self.ledger.sequences, step.itl_s
         slo_s = self.objectives.tpot(self.unloaded)
-        self.cap = self.cap.stepped(itl_s, running, slo_s, wanted=self._short_of_places)
+        self.cap = self.cap.stepped(itl_s, running, slo_s, wanted=bool(self._short - {"batch"}))
         gap_slo_s = self.objectives.tpot_beside_batches(self.unloaded)
-        self.gap_cap = self.gap_cap.stepped(itl_s, running, gap_slo_s, wanted=self._short_of_gaps)
-        self._short_of_places = self._short_of_gaps = False
+        self.gap_cap = self.gap_cap.stepped(itl_s, running, gap_slo_s, wanted="batch" in self._short)
+        self._short.clear()
 
     def forecast(self, terms: Terms, tenant: str, ask: Ask, now_s: float) -> float:
         """Seconds until a request that came now would have its first token."""
@@ -108,7 +107,8 @@ class Admission:
         room = room_for(traffic_class, self._cap_for(traffic_class).soon, self.capacity, favoured=favoured)
         residence_s = self._residence_s(now_s)
         needed = ahead.sequences + min(ask.sequences, room.places) - (room.places - self.ledger.sequences)
-        self._is_short(traffic_class, needed > 0)
+        if needed > 0:
+            self._short.add(traffic_class)
         tokens = ahead.prompt_tokens + self.growth.tokens(ahead.max_tokens, ahead.sequences)
         tokens += min(reservation(ask, self.growth, self.capacity), room.kv_tokens)
         tokens -= room.kv_tokens - self._promised()
@@ -116,7 +116,7 @@ class Admission:
             free = self.ledger.given_up(self._victims_for(traffic_class))
             needed, tokens = needed - free.places, tokens - free.kv_tokens
         wait_s = max(place_wait_s(needed, room.places, residence_s), place_wait_s(tokens, room.kv_tokens, residence_s))
-        wait_s /= self._usual.share_left_to(traffic_class)
+        wait_s /= self._usual.share_left_to(traffic_class, favoured=favoured)
         rate = self.rates.prefill_tokens_per_s(self.unloaded)
         ahead_s = ahead.prompt_tokens / rate if rate else 0.0
         return max(wait_s, ahead_s) + self._own_s(ask)
@@ -298,11 +298,12 @@ class Admission:
             room = self._room(ticket, now_s)
             reserved = min(reservation(ask, self.growth, self.capacity), room.kv_tokens)
             prompt_tokens = self.capacity.in_blocks(ask.prompt_tokens) * sequences
+        favoured = self._is_favoured(ticket.traffic_class, ticket.tenant)
+        self._usual.admitted(ticket.traffic_class, favoured=favoured)
         held = Held(ticket, reserved, sequences, prompt_tokens, now_s)
         self.ledger.admit(held)
         self.counters.served(ticket.tenant, ticket.cost)
         self._since_step += sequences
-        self._usual.admitted(ticket.traffic_class)
         return Admit(held)
 
     def _room(self, ticket: Ticket, now_s: float) -> Room:
@@ -323,12 +324,6 @@ class Admission:
     def _cap_for(self, traffic_class: TrafficClass) -> RunningCap:
         return self.gap_cap if traffic_class == "batch" else self.cap
 
-    def _is_short(self, traffic_class: TrafficClass, short: bool) -> None:
-        if traffic_class == "batch":
-            self._short_of_gaps |= short
-        else:
-            self._short_of_places |= short
-
     def _is_quiet(self, now_s: float) -> bool:
         """Whether nobody but batches has been there for a while."""
         return self.ledger.sequences == self.ledger.offline_sequences and now_s - self._last_online_s >= _QUIET_S
@@ -339,7 +334,8 @@ class Admission:
         together = taken + ticket.ask.sequences
         if taken > 0:
             usual = self._class_room(ticket) if ticket.offline else room
-            self._is_short(ticket.traffic_class, together > usual.places)
+            if together > usual.places:
+                self._short.add(ticket.traffic_class)
             if together > room.places:  # more sequences than there are places run alone
                 return False
         if not freed.places and not self._engine_takes(ticket, room):

@@ -21,6 +21,9 @@ _LOW_WATER: Final = 0.65
 _DECREASE: Final = 0.8
 _FAR_BELOW: Final = 0.5  # of the objective: below it growth is multiplicative again
 _GROWTH: Final = 1.5
+# A limit that nobody reaches grows, and falls again as soon as a crowd comes: what a crowd had lately says more.
+_USUAL_WEIGHT: Final = 0.02
+_REACHED: Final = 0.7
 # A change shows in the mean only after some steps; changing it again before would overshoot.
 _SETTLE_STEPS: Final = 8
 
@@ -29,7 +32,8 @@ _SETTLE_STEPS: Final = 8
 class RunningCap:
     """`limit` sequences at a time, `itl_s` the smoothed time between two tokens of a stream.
 
-    It stays between `least` and `most`. `starting` until the objective was passed for the first time.
+    It stays between `least` and `most`. `starting` until the objective was passed for the first time. `usual` is the
+    limit that those had lately who came near it.
     """
 
     limit: int
@@ -38,6 +42,7 @@ class RunningCap:
     itl_s: float = 0.0
     starting: bool = True
     steps_to_settle: int = 0
+    usual: float = 0.0
 
     @classmethod
     def up_to(cls, most: int, *, asked: bool = True) -> "RunningCap":
@@ -50,7 +55,9 @@ class RunningCap:
     @property
     def soon(self) -> int:
         """What is to be expected within seconds, if the pace allows it."""
-        return min(_HOPE * self.limit, self.most) if self.starting else self.limit
+        if self.starting:
+            return min(_HOPE * self.limit, self.most)
+        return max(1, min(self.limit, round(self.usual))) if self.usual else self.limit
 
     def stepped(self, itl_s: float | None, running: int, tpot_slo_s: float, *, wanted: bool) -> "RunningCap":
         """After one engine step whose streams waited `itl_s` for their tokens (None: it had no stream).
@@ -63,7 +70,10 @@ class RunningCap:
         if itl_s is not None:
             counted_s = min(itl_s, _MOST_ITL * tpot_slo_s)
             smoothed = smoothed + _ITL_WEIGHT * (counted_s - smoothed) if smoothed else counted_s
-        cap = replace(self, itl_s=smoothed, steps_to_settle=max(0, self.steps_to_settle - 1))
+        usual = self.usual or float(self.limit)
+        if running >= _REACHED * min(self.limit, usual):
+            usual += _USUAL_WEIGHT * (self.limit - usual)
+        cap = replace(self, itl_s=smoothed, steps_to_settle=max(0, self.steps_to_settle - 1), usual=usual)
         if cap.steps_to_settle:
             return cap
         if smoothed > _HIGH_WATER * tpot_slo_s and running <= self.limit <= 2 * running:

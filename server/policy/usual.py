@@ -16,16 +16,21 @@ class Usual:
 
     max_tokens: float = 0.0
     shares: dict[TrafficClass, float] = field(default_factory=lambda: dict.fromkeys(TRAFFIC_CLASSES, 0.0))
+    favoured: float = 0.0  # of the default ones, those that used little and went in before their class
 
     def asked(self, max_tokens: int) -> None:
         weight = _USUAL_WEIGHT if self.max_tokens else 1.0
         self.max_tokens += weight * (max_tokens - self.max_tokens)
 
-    def admitted(self, traffic_class: TrafficClass) -> None:
+    def admitted(self, traffic_class: TrafficClass, *, favoured: bool) -> None:
         for name in self.shares:
             self.shares[name] += _USUAL_WEIGHT * ((name == traffic_class) - self.shares[name])
+        self.favoured += _USUAL_WEIGHT * (favoured - self.favoured)
 
-    def share_left_to(self, traffic_class: TrafficClass) -> float:
-        """The part of all places that higher classes do not take before a request of this class has its turn."""
+    def share_left_to(self, traffic_class: TrafficClass, *, favoured: bool) -> float:
+        """The part of all places that is not taken by those who go before a request, however long it waits already."""
         above = TRAFFIC_CLASSES[: TRAFFIC_CLASSES.index(traffic_class)]
-        return max(_LEAST_SHARE, 1.0 - sum(self.shares[name] for name in above))
+        taken = sum(self.shares[name] for name in above)
+        if traffic_class == "default" and not favoured:
+            taken += self.favoured
+        return max(_LEAST_SHARE, 1.0 - taken)

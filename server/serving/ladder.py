@@ -25,7 +25,9 @@ from server.telemetry.resilience import ResilienceMetrics
 log = structlog.get_logger(__name__)
 audit = structlog.get_logger("server.audit")
 
-_INTERVAL_S: Final = 0.25
+_PRESSURE_INTERVAL_S: Final = 0.25
+# A round trip to Redis each time, and a change has to be everywhere within a second.
+_PIN_INTERVAL_S: Final = 0.5
 _PRESSURE: Final = "pressure"
 
 
@@ -133,12 +135,12 @@ class LadderWatch:
         while True:
             await self._read_pin()
             self._tell()
-            await asyncio.sleep(_INTERVAL_S)
+            await asyncio.sleep(_PIN_INTERVAL_S)
 
     async def _follow_pressure(self) -> None:
         while True:
             self._take_in_pressure()
-            await asyncio.sleep(_INTERVAL_S)
+            await asyncio.sleep(_PRESSURE_INTERVAL_S)
 
     def _take_in_pressure(self) -> None:
         # Without an engine nothing is known of the load, and nothing is saved by answering shorter.

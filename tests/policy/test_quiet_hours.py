@@ -103,7 +103,7 @@ def test_a_line_that_was_driven_out_often_keeps_to_the_share() -> None:
 def test_the_pace_is_still_learnt_while_lines_pass_it() -> None:
     door = Door()
     door.fill_with_lines()
-    assert door.admission._short_of_gaps
+    assert "batch" in door.admission._short
 
 
 def test_beside_people_lines_keep_a_pace_that_nobody_asked_for() -> None:

@@ -93,3 +93,17 @@ def test_a_pace_that_nobody_asked_for_never_leaves_fewer_than_a_few() -> None:
         asked = asked.stepped(1.0, asked.limit, SLO_S, wanted=True)
         unasked = unasked.stepped(1.0, unasked.limit, SLO_S, wanted=True)
     assert (asked.limit, unasked.limit) == (1, 8)
+
+
+def test_a_limit_that_nobody_reached_promises_nothing() -> None:
+    """A crowd brought it down; alone it grew to 256, and the next crowd will bring it back."""
+    crowded = driven(RunningCap(limit=64, most=256, starting=False), 1000)
+    alone = crowded
+    for _ in range(500):
+        alone = alone.stepped(0.02, 1, SLO_S, wanted=True)
+    assert alone.limit == 256
+    assert alone.soon <= 30
+    crowd_again = alone
+    for _ in range(300):
+        crowd_again = crowd_again.stepped(0.02, crowd_again.limit, SLO_S, wanted=True)
+    assert crowd_again.soon > 200
