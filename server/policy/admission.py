@@ -137,8 +137,10 @@ class Admission:
     def refuses(self, terms: Terms, tenant: str, ask: Ask, waited_s: float, now_s: float) -> Shed | None:
         """Whether a request that came `waited_s` ago would get its first token too late.
 
-        One that nothing stands before is always welcome, unless the client's own patience is shorter.
+        One that nothing stands before is welcome, unless the client has less patience; so is one that nobody waits for.
         """
+        if terms.offline:
+            return None
         wait_s = self.forecast(terms, tenant, ask, now_s)
         patience_s = self.patience_s(terms, ask)
         nothing_before = wait_s <= self._own_s(ask)

@@ -156,14 +156,17 @@ def after_refusal(refusal: Refusal, tries: int, jitter: float) -> Record | Retry
     """What becomes of a line that was refused for the `tries`-th time. `jitter` is random, from 0 to 1.
 
     A full server and a used-up quota are waited out, however long: the batch has its window. A failure is tried once
-    more. Anything else is the line's own fault.
+    more. Anything else is the line's own fault. How long a server stays full is a forecast, and worth asking again.
     """
     patient = refusal.retry_after_s is not None or isinstance(refusal, _WAITED_OUT)
     failed = isinstance(refusal, GenerationFailed) and refusal.should_retry and tries < _MOST_FAILURES
     if not patient and not failed:
         return Record()
     backoff_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (min(tries, 16) - 1))
-    return Retry(max(refusal.retry_after_s or 0.0, backoff_s) * (1 + _JITTER * jitter))
+    told_s = refusal.retry_after_s or 0.0
+    if isinstance(refusal, Overloaded):
+        told_s = min(told_s, _LONGEST_WAIT_S)
+    return Retry(max(told_s, backoff_s) * (1 + _JITTER * jitter))
 
 
 @dataclass(slots=True)

@@ -2,7 +2,10 @@
 --
 -- Every key of a call carries the tenant in {braces}, so that a cluster keeps them in one place.
 -- A bucket is a hash: for each rate the moment at which it has drained, in microseconds, and a rest in limit-ths of
--- one. Leases are a sorted set by the moment at which they end. Both expire when they would say nothing any more.
+-- one; and `n`, when it was written. Leases are a sorted set by the moment at which they end. Both expire when they would
+-- say nothing any more.
+-- The clock of a machine may be set back, and another machine may take over whose clock is behind. What was written
+-- later than now is moved by as much, and a lease that ends too late is taken out: its holder will renew it.
 
 local PERIOD_MS = {60000, 60000, 86400000}
 local UNIT = {'requests', 'tokens', 'tokens'}
@@ -43,11 +46,13 @@ local function shifted(moment, rate, limit, amount, now)
   return {us = us, rest = rest}
 end
 
-local function read(key)
-  local stored = redis.call('HMGET', key, 'r', 'rr', 't', 'tr', 'd', 'dr')
+local function read(key, now)
+  local stored = redis.call('HMGET', key, 'r', 'rr', 't', 'tr', 'd', 'dr', 'n')
+  local back = math.max(0, tonumber(stored[7] or '0') - now)
   local moments = {}
   for rate = 1, 3 do
-    moments[rate] = {us = tonumber(stored[2 * rate - 1] or '0'), rest = tonumber(stored[2 * rate] or '0')}
+    local us = tonumber(stored[2 * rate - 1] or '0')
+    moments[rate] = {us = us > 0 and us - back or us, rest = tonumber(stored[2 * rate] or '0')}
   end
   return moments
 end
@@ -62,8 +67,14 @@ local function write(key, moments, now)
   redis.call('HSET', key,
     'r', text(moments[1].us), 'rr', text(moments[1].rest),
     't', text(moments[2].us), 'tr', text(moments[2].rest),
-    'd', text(moments[3].us), 'dr', text(moments[3].rest))
+    'd', text(moments[3].us), 'dr', text(moments[3].rest), 'n', text(now))
   redis.call('PEXPIREAT', key, text(math.floor(last / 1000) + 1))
+end
+
+-- Take out of a sorted set by end what has ended, and what would last longer than anything does.
+local function trim(key, now, longest)
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', text(now))
+  redis.call('ZREMRANGEBYSCORE', key, '(' .. text(now + longest), '+inf')
 end
 
 -- The limits of scope number `scope`, 0 where there is none; four for each scope, behind the arguments `before`.
@@ -87,7 +98,7 @@ local function charge()
     end
   end
   for scope = 1, #KEYS / 2 do
-    local limits, moments, shift = limits_of(4, scope), read(KEYS[2 * scope - 1]), {}
+    local limits, moments, shift = limits_of(4, scope), read(KEYS[2 * scope - 1], now), {}
     for rate = 1, 3 do
       shift[rate] = moments[rate]
       local amount = cost[UNIT[rate]]
@@ -99,7 +110,7 @@ local function charge()
       end
     end
     if limits[4] > 0 and lease ~= '' then
-      redis.call('ZREMRANGEBYSCORE', KEYS[2 * scope], '-inf', text(now))
+      trim(KEYS[2 * scope], now, LEASE_US)
       if redis.call('ZCARD', KEYS[2 * scope]) >= limits[4] then refuse(scope, 4, CONCURRENCY_WAIT_US) end
     end
     before[scope], after[scope] = moments, shift
@@ -131,7 +142,7 @@ local function settle()
   local lease, change = ARGV[2], {requests = tonumber(ARGV[3]), tokens = tonumber(ARGV[4])}
   local scopes = tonumber(ARGV[5])
   for scope = 1, scopes do
-    local limits, moments = limits_of(5, scope), read(KEYS[2 * scope - 1])
+    local limits, moments = limits_of(5, scope), read(KEYS[2 * scope - 1], now)
     for rate = 1, 3 do
       if limits[rate] > 0 then
         moments[rate] = shifted(moments[rate], rate, limits[rate], change[UNIT[rate]], now)
@@ -164,10 +175,10 @@ end
 
 -- alive REPLICA TTL_US   KEYS: the replicas. Answers how many are alive.
 local function alive()
-  local now = now_us()
-  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', text(now))
-  redis.call('ZADD', KEYS[1], text(now + tonumber(ARGV[3])), ARGV[2])
-  redis.call('PEXPIRE', KEYS[1], text(tonumber(ARGV[3]) / 1000))
+  local now, ttl = now_us(), tonumber(ARGV[3])
+  trim(KEYS[1], now, ttl)
+  redis.call('ZADD', KEYS[1], text(now + ttl), ARGV[2])
+  redis.call('PEXPIRE', KEYS[1], text(ttl / 1000))
   return redis.call('ZCARD', KEYS[1])
 end
 

@@ -89,6 +89,10 @@ def test_whoever_says_when_to_come_back_is_taken_at_its_word() -> None:
     assert decision == Retry(3600.0 * 1.125)
 
 
+def test_a_forecast_of_a_long_wait_does_not_hold_a_batch_up_for_as_long() -> None:
+    assert after_refusal(Overloaded("busy", retry_after_s=3000.0), 1, 0.0) == Retry(60.0)
+
+
 @pytest.mark.parametrize("kind", [InvalidRequest, ContextLengthExceeded, ModelNotFound, Unsupported])
 def test_a_fault_of_the_line_itself_is_its_answer(kind: type[Refusal]) -> None:
     assert after_refusal(kind("bad"), 1, 0.0) == Record()

@@ -1,5 +1,7 @@
 """Batches alone have the whole engine, and give it back to whoever comes."""
 
+from dataclasses import replace
+
 import pytest
 
 from server.policy.admission import Admission
@@ -10,7 +12,7 @@ from server.policy.reservations import Ask, Capacity
 from server.policy.tenants import TrafficClass
 from server.policy.terms import Terms
 from server.policy.verdicts import Admit, Enqueue
-from tests.policy.door import UNLOADED, Door
+from tests.policy.door import UNLOADED, USUAL, Door
 
 SHARE = 4  # of the places that keep the pace, which are 8 in these tests
 
@@ -118,3 +120,13 @@ def test_beside_people_lines_keep_a_pace_that_nobody_asked_for() -> None:
     assert len(admission.ledger) == 40  # people are not held up for a pace of 0.06 s
     admission.arrive(Terms("batch", 3600, offline=True), "jobs", Ask(10, 100), 0.0, 0.0)
     assert admission.next(0.0) is None
+
+
+def test_a_line_is_not_refused_for_the_lines_before_it() -> None:
+    """Beside people there would be two places, and a hundred lines run in the whole engine."""
+    door = Door(kv_tokens=1_000_000, max_running=128)
+    assert len(door.fill_with_lines()) == 100
+    door.admission.gap_cap = replace(door.admission.gap_cap, limit=2)
+    terms = Terms("batch", timeout_s=60.0, offline=True)
+    assert door.admission.refuses(terms, "a", USUAL, 0.0, door.now_s) is None
+    assert door.admission.refuses(replace(terms, offline=False), "a", USUAL, 0.0, door.now_s) is not None

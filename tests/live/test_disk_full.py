@@ -1,0 +1,96 @@
+"""A disk without room: what is written is refused with its reason, and what only needs the engine goes on."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.live.running_server import RunningServer, start_server
+from tests.live.test_batches import ended, output, questions, sdk, submit
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+DISK_BYTES = 24 << 20
+OPERATOR_KEY = "operator-key-of-a-test"
+LIMITS = {"requests_per_minute": 600}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of `DISK_BYTES`."""
+    disk = tmp_path / "d"
+    disk.mkdir()
+    mounting = ["/usr/bin/env", "mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mounting, check=False).returncode:
+        pytest.skip("NOT SHOWN: a full disk. Mounting a small one takes root and the right to mount.")
+    yield disk
+    subprocess.run(["/usr/bin/env", "umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture
+def server(small_disk: Path, tmp_path: Path, tiny_tools_model: Path) -> Iterator[RunningServer]:
+    usual = ("--max-model-len", "2048", "--served-model-name", "a-model", "--operator-key", OPERATOR_KEY)
+    running = start_server(tmp_path, str(tiny_tools_model), *usual, "--data-folder", str(small_disk))
+    running.wait_until_ready()
+    yield running
+    running.kill()
+
+
+def filled(disk: Path) -> Path:
+    """A file that takes all the room there is."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+    return filler
+
+
+def new_key(server: RunningServer) -> str:
+    """A tenant whose limits are kept in Redis."""
+    answer = httpx.post(
+        f"{server.url}/admin/tenants",
+        json={"name": "team", "limits": LIMITS},
+        headers={"authorization": f"Bearer {OPERATOR_KEY}"},
+    )
+    assert answer.status_code in (200, 201), answer.text
+    return str(answer.json()["key"])
+
+
+def chat(client: OpenAI) -> int:
+    answer = client.chat.completions.create(
+        model="a-model", messages=[{"role": "user", "content": "Hello."}], max_tokens=4
+    )
+    assert answer.usage is not None
+    return answer.usage.completion_tokens
+
+
+def test_chats_go_on_and_batches_wait_until_there_is_room_again(server: RunningServer, small_disk: Path) -> None:
+    client = sdk(server).with_options(max_retries=0, api_key=new_key(server))
+    assert chat(client) >= 1
+    batch = submit(client, questions(40, 200))
+    filler = filled(small_disk)
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.files.create(file=("in.jsonl", questions(5000, 8)), purpose="batch")
+    assert refused.value.status_code == 507
+    assert "no room" in str(refused.value)
+    until_s = time.monotonic() + 5
+    while time.monotonic() < until_s:  # Redis notices by itself that its log cannot be written
+        assert chat(client) >= 1
+        time.sleep(0.2)
+    filler.unlink()
+    done = ended(client, batch)
+    assert (done.status, len(output(client, done))) == ("completed", 40)
+    assert chat(client) >= 1
+    server.wait_until_idle()
+    assert server.metric("tidegate_kv_reserved_tokens") == 0
+    assert server.stop() == 0
