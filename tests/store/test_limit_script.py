@@ -174,6 +174,7 @@ async def as_if_set_back(redis: Redis, scope: Scope) -> None:
             await redis.hincrby(bucket, name.decode(), HOUR_US)
     await redis.persist(bucket)
     for lease in await redis.zrange(leases, 0, -1):
+        assert isinstance(lease, bytes)
         await redis.zincrby(leases, HOUR_US, lease)
 
 
