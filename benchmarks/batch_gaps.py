@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ _CHATTER: Final = Caller("chat", "default", 1.0)
 _WORKER: Final = Caller("batch", "batch", 1.0)
 _LOAD: Final = 0.5
 _GRACE_S: Final = 60.0
+_OTHER_WORDS: Final = 10**9
 _LOOK_INTERVAL_S: Final = 0.05
 _VALIDATED_LINES: Final = 50_000
 # How tqdm ends its bar: "150/150 [00:07<00:00, 20.21req/s]".
@@ -158,9 +159,13 @@ def _alone(batches: Batches, lines: int) -> tuple[float, float]:
     return batch["usage"]["output_tokens"] / took_s, lines / took_s
 
 
-def _turn(contender: Contender, rate_per_s: float, duration_s: float, seed: int) -> list[float]:
-    """The times to first token of one turn of chats; one that failed took for ever."""
-    arrivals = Traffic(rate_per_s, duration_s, (_CHATTER,), seed).arrivals()
+def _turn(contender: Contender, rate_per_s: float, duration_s: float, pair: int, *, beside: bool) -> list[float]:
+    """The times to first token of one turn of chats; one that failed took for ever.
+
+    Both turns of a pair have the same arrivals and lengths, in other words: the prefix cache knows none of them.
+    """
+    arrivals = Traffic(rate_per_s, duration_s, (_CHATTER,), pair).arrivals()
+    arrivals = [replace(arrival, seed=arrival.seed + _OTHER_WORDS * beside) for arrival in arrivals]
     turn = asyncio.run(open_loop.run(contender.url, arrivals, _GRACE_S))
     return [math.inf if outcome.ttft_s is None else outcome.ttft_s for outcome in turn.outcomes]
 
@@ -203,10 +208,10 @@ def _chats(contender: Contender, batches: Batches, rate_per_s: float, size: Size
     chats = _Chats([], [])
     for pair in range(size.pairs):
         contender.wait_until_idle()
-        chats.without += _turn(contender, rate_per_s, size.turn_s, pair)
+        chats.without += _turn(contender, rate_per_s, size.turn_s, pair, beside=False)
         batch = batches.until(batches.start(_work(_ENDLESS_LINES, seed=100 + pair)), "in_progress")
         begun_s = time.perf_counter()
-        chats.beside += _turn(contender, rate_per_s, size.turn_s, pair)
+        chats.beside += _turn(contender, rate_per_s, size.turn_s, pair, beside=True)
         chats.gap_s += time.perf_counter() - begun_s
         chats.gap_tokens += batches.cancelled(batch)["usage"]["output_tokens"]
     return chats

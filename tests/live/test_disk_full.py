@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
+from openai.types import Batch
 
 from tests.live.running_server import RunningServer, start_server
 from tests.live.test_batches import ended, output, questions, sdk, submit
@@ -71,6 +72,18 @@ def chat(client: OpenAI) -> int:
     return answer.usage.completion_tokens
 
 
+def nothing_is_lost_of(client: OpenAI, done: Batch) -> None:
+    """It fails where its answers had no room, and waits where Redis had none first; what was answered is there."""
+    assert done.request_counts is not None
+    answered = len(output(client, done)) if done.output_file_id else 0
+    assert answered == done.request_counts.completed
+    if done.status == "failed":
+        assert done.errors is not None
+        assert [error.code for error in done.errors.data or []] == ["disk_full"]
+    else:
+        assert (done.status, answered) == ("completed", 40)
+
+
 def chat_until_limits_are(server: RunningServer, client: OpenAI, mode: str) -> None:
     """Every chat meanwhile is answered."""
     deadline_s = time.monotonic() + 60
@@ -79,7 +92,7 @@ def chat_until_limits_are(server: RunningServer, client: OpenAI, mode: str) -> N
         assert chat(client) >= 1
 
 
-def test_chats_go_on_and_batches_wait_until_there_is_room_again(server: RunningServer, small_disk: Path) -> None:
+def test_chats_go_on_and_nothing_answered_is_lost(server: RunningServer, small_disk: Path) -> None:
     client = sdk(server).with_options(max_retries=0, api_key=new_key(server))
     assert chat(client) >= 1
     batch = submit(client, questions(40, 200))
@@ -90,8 +103,9 @@ def test_chats_go_on_and_batches_wait_until_there_is_room_again(server: RunningS
     assert "no room" in str(refused.value)
     chat_until_limits_are(server, client, "local")  # Redis takes no writes that it cannot keep
     filler.unlink()
-    done = ended(client, batch)
-    assert (done.status, len(output(client, done))) == ("completed", 40)
+    nothing_is_lost_of(client, ended(client, batch))
+    again = ended(client, submit(client, questions(10, 8)))
+    assert (again.status, len(output(client, again))) == ("completed", 10)
     chat_until_limits_are(server, client, "redis")
     server.wait_until_idle()
     assert server.metric("tidegate_kv_reserved_tokens") == 0
