@@ -26,6 +26,7 @@ from benchmarks.comparison import say
 from benchmarks.contenders import MODEL_NAME, PLAIN, TIDEGATE, Contender, ContenderFailed, Kind, started
 
 _FLAGS: Final = ("--max-num-seqs", "2")
+_PATIENT: Final = ("--ttft-slo", "600")  # two long answers hold all there is, and nobody is to be refused for that
 _STREAMS: Final = 2
 _WAITING: Final = 4
 _LONG_TOKENS: Final = 1900
@@ -149,7 +150,7 @@ def command(model: str | None, kills: int, quick: bool, as_json: bool) -> None:
 
 async def _rounds(kind: Kind, model: str, kills: int) -> list[Round]:
     rounds: list[Round] = []
-    with started(kind, model, _FLAGS) as contender:
+    with started(kind, model, (*_FLAGS, *_PATIENT)) as contender:
         say(f"{contender.name} ready after {await asyncio.to_thread(contender.wait_until_ready):.1f} s")
         async with aiohttp.ClientSession(contender.url, timeout=_TIMEOUT) as session:
             for number in range(kills):
