@@ -11,6 +11,8 @@ import time
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import uvloop
+
 from server.policy.limits import Cost, Scope
 from server.policy.tenants import Limits
 from server.store.connection import TIMEOUT_S, connect
@@ -63,4 +65,5 @@ async def offered(offer: Offer) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(offered(Offer(**json.loads(sys.argv[1]))))))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as the server does
+        print(json.dumps(runner.run(offered(Offer(**json.loads(sys.argv[1]))))))
