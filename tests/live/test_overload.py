@@ -157,9 +157,9 @@ def test_critical_requests_go_before_everybody_who_waits(busy: RunningServer) ->
 
     with ThreadPoolExecutor(8) as pool:
         with Holding(busy):
-            jobs = [pool.submit(ask, f"person{i}", "person") for i in range(4)]
+            jobs = [pool.submit(ask, f"person{i}", "person") for i in range(5)]  # with the critical one: three pairs
             jobs += [pool.submit(ask, f"jobs{i}", "jobs") for i in range(2)]
-            _until(lambda: busy.metric("tidegate_requests_waiting") >= 6)
+            _until(lambda: busy.metric("tidegate_requests_waiting") >= 7)
             jobs.append(pool.submit(ask, "vip", "vip"))
             _until(lambda: busy.metric('tidegate_requests_waiting{class="critical"}') == 1)
         for job in jobs:

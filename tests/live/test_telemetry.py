@@ -96,7 +96,8 @@ def test_a_streams_figures_are_what_the_client_saw(server: RunningServer) -> Non
     assert line["completion_tokens"] == 16
     assert server.metric("tidegate_tokens_total") == tokens + line["prompt_tokens"] + line["cached_tokens"] + 16
     assert 0 <= line["queue_wait_ms"] <= line["ttft_ms"] < line["duration_ms"] <= took_ms
-    assert line["ttft_ms"] + 15 * line["tpot_ms"] == pytest.approx(line["duration_ms"], rel=0.2, abs=20)
+    last_token_ms = line["ttft_ms"] + 15 * line["tpot_ms"]
+    assert line["duration_ms"] / 2 < last_token_ms < line["duration_ms"] + 1  # both are rounded
 
 
 @contextmanager
@@ -143,15 +144,17 @@ def has_scraped(client: httpx.Client) -> bool:
     return answer.status_code == httpx.codes.OK and bool(answer.json()["data"]["result"])
 
 
+def unanswered(client: httpx.Client) -> set[str]:
+    """Expressions without a sample that should have one."""
+    return {one for one in EXPRESSIONS if not SILENT.search(one) and not asked(client, one)}
+
+
 def test_a_real_prometheus_answers_every_expression_of_every_dashboard(server: RunningServer, tmp_path: Path) -> None:
     with prometheus(server, tmp_path) as client:
         wait_for(lambda: has_scraped(client), lambda: "Prometheus does not scrape")
         stream(server)
         httpx.post(f"{server.url}{CHAT}", json=QUESTION, timeout=60)
-        time.sleep(4)  # some scrapes and evaluations more
-        empty = {expression for expression in EXPRESSIONS if not asked(client, expression)}
-        unexpected = {expression for expression in empty if not SILENT.search(expression)}
-        assert unexpected == set(), unexpected
+        wait_for(lambda: not unanswered(client), lambda: str(unanswered(client)))
         rules = client.get("/rules").json()["data"]["groups"]
         assert {rule["health"] for group in rules for rule in group["rules"]} == {"ok"}
         assert asked(client, 'ALERTS{alertstate="firing"}') == []
