@@ -20,6 +20,7 @@ import uvicorn
 import uvloop
 
 from server.app import Application, build_application
+from server.engine.fork_server import ForkServer
 from server.engine.start_failures import StartFailure
 from server.engine.supervisor import Supervisor
 from server.policy.refusals import Draining, NotReady
@@ -62,6 +63,9 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
         _say_why(f"Cannot listen on {where}: {error.strerror}. Choose another with --port or --host.")
         return 1
     _raise_open_files_limit()
+    fork_server = ForkServer() if settings.engine_fork_server else None
+    if fork_server is not None:
+        fork_server.start()
     with (
         tempfile.TemporaryDirectory(prefix="tidegate-") as scratch,
         contextlib.closing(listener),
@@ -69,7 +73,7 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
     ):
         os.environ.setdefault(_SOCKETS_FOLDER, scratch)
         try:
-            process = Process(settings, vllm_args, versions, Path(scratch), json_lines=json_lines)
+            process = Process(settings, vllm_args, versions, Path(scratch), fork_server, json_lines=json_lines)
         except (BadRedisUrl, TenantsFileError) as error:
             _say_why(str(error))
             return 1
@@ -88,10 +92,12 @@ class Process:
         vllm_args: Sequence[str],
         versions: Mapping[str, str],
         scratch: Path,
+        fork_server: ForkServer | None,
         *,
         json_lines: bool,
     ) -> None:
         self._settings = settings
+        self._fork_server = fork_server
         self._flags = _all_flags(settings, vllm_args)
         self._scratch = scratch
         self._json_lines = json_lines
@@ -202,8 +208,9 @@ class Process:
         logs.write_child_config(config, errors, json_lines=self._json_lines, level=self._settings.log_level)
         s = self._settings
         request = StackRequest(
-            self._flags, config, errors, s.context_count_cache_entries, s.fast_streams, self._app.traces.on
-        )
+            self._flags, config, errors, s.context_count_cache_entries, s.fast_streams, self._app.traces.on,
+            self._fork_server,
+        )  # fmt: skip
         return await build_stack(request, self._app.generation, self._app.slot.enter)
 
     async def _drain(self) -> None:

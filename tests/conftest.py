@@ -14,10 +14,17 @@ from tests.models.tiny_llama import make_tiny_llama
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of the real engine gets one second try, which the run's summary names."""
+    """A test of the real engine gets one second try; the run's summary names it."""
     for item in items:
         if item.get_closest_marker("engine"):
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why a test got its second try: it may have found something."""
+    for report in terminalreporter.getreports("rerun"):
+        terminalreporter.section(f"first try of {report.nodeid}")
+        terminalreporter.write_line(str(report.longrepr))
 
 
 @pytest.fixture(scope="session", autouse=True)

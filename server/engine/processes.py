@@ -5,6 +5,11 @@ because multiprocessing's resource tracker belongs to the server. So both are no
 """
 
 import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +22,9 @@ log = structlog.get_logger(__name__)
 
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps it
 _EXIT_TIMEOUT_S: Final = 5.0
+_EXIT_LOOK_S: Final = 0.01
+_PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
+_INIT: Final = 1
 _INODE: Final = 4  # its column in /proc/PID/maps
 
 
@@ -59,11 +67,33 @@ class EngineFamily:
     def clean_up(self) -> None:
         """End what is left and free the shared memory. Blocking, a few seconds at most."""
         self.kill()
-        _, left = psutil.wait_procs(self.processes, timeout=_EXIT_TIMEOUT_S)
+        deadline_s = time.monotonic() + _EXIT_TIMEOUT_S
+        while (left := [member for member in self.processes if _lives(member)]) and time.monotonic() < deadline_s:
+            time.sleep(_EXIT_LOOK_S)
         for member in left:
             log.warning("a process of the old engine could not be ended", pid=member.pid)
         for name in self.shared_memory:
             (_SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it still holds anything. One that waits for its parent to take its exit code does not."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the thread that started it ends, however that comes about.
+
+    An engine that outlives its server keeps its GPUs, and the next server finds no memory.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == _INIT:  # it ended before we asked
+        os._exit(1)
 
 
 def pids_of(engine_core: Any) -> list[int]:

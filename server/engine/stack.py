@@ -31,6 +31,7 @@ from server.engine.adapters import check_before_loading
 from server.engine.arguments import EngineArguments, complete_arguments, parse_arguments, with_usable_parsers
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.engine.figures import EngineFigures, capacity_of, measure_unloaded
+from server.engine.fork_server import ForkServer, engines_forked
 from server.engine.operations import Operation, OperationKey, collect_operations
 from server.engine.plain_streams import splice_chat, splice_completions
 from server.engine.processes import EngineFamily, pids_of
@@ -59,7 +60,7 @@ _GENERATOR_LOGGERS: Final = tuple(
 class StackRequest:
     """What a stack is built from. `logging_config` is a dictConfig file for vLLM's processes, whose
     error records also land in `engine_error_log`. `fast_streams`: make the frames of plain text streams here.
-    `traced`: make spans."""
+    `traced`: make spans. `fork_server`: where the engine's processes come from; without one each starts anew."""
 
     vllm_flags: tuple[str, ...]
     logging_config: Path
@@ -67,6 +68,7 @@ class StackRequest:
     count_cache_entries: int
     fast_streams: bool = True
     traced: bool = False
+    fork_server: ForkServer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +207,7 @@ def _build_engine(
         _import_plugins(args)
         arguments = complete_arguments(args)
         stage("loading the model")
-        engine = _start_engine(args, seams)
+        engine = _start_engine(args, seams, request.fork_server)
     except Exception as error:
         raise _explained(error, args, request.engine_error_log) from error
     engine.open_seam(seams, traced=request.traced)
@@ -234,21 +236,23 @@ def _import_plugins(args: Namespace) -> None:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
 
 
-def _start_engine(args: Namespace, seams: Seams) -> SeamedEngine:
+def _start_engine(args: Namespace, seams: Seams, fork_server: ForkServer | None) -> SeamedEngine:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     propagate_flash_late_interaction(args, engine_args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     scheduling = config.scheduler_config
     if scheduling.max_num_queued_reqs is None:  # a backstop: our own queue keeps the engine's far shorter
         scheduling.max_num_queued_reqs = max(_LEAST_QUEUED, _QUEUED_PER_SEQUENCE * scheduling.max_num_seqs)
-    engine = SeamedEngine.from_vllm_config(
-        vllm_config=config,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        stat_loggers=[StepCounter, EngineFigures(seams.stepped).logger],
-        enable_log_requests=engine_args.enable_log_requests,
-        aggregate_engine_logging=engine_args.aggregate_engine_logging,
-        disable_log_stats=engine_args.disable_log_stats,
-    )
+    numa_bind = config.parallel_config.numa_bind
+    with engines_forked(fork_server, on_cpu=current_platform.is_cpu(), numa_bind=numa_bind):
+        engine = SeamedEngine.from_vllm_config(
+            vllm_config=config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            stat_loggers=[StepCounter, EngineFigures(seams.stepped).logger],
+            enable_log_requests=engine_args.enable_log_requests,
+            aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
     assert isinstance(engine, SeamedEngine)
     return engine
 

@@ -211,6 +211,9 @@ class Resilience(BaseModel):
     engine_max_failed_restarts: int = Field(
         5, ge=1, description="Failed restarts of the engine in a row after which the process ends."
     )
+    engine_fork_server: bool = Field(
+        True, description="Start engines as copies of a process that has imported vLLM: seconds instead of a minute."
+    )
     restart_wait_s: float = Field(
         60, ge=0, description="Seconds a request waits while a dead engine is replaced.",
         json_schema_extra={"flag": "--restart-wait"},

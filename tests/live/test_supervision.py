@@ -166,6 +166,10 @@ def test_requests_that_arrive_while_the_engine_is_down_are_answered_by_the_next(
     late = [Caller(server, stream=stream, max_tokens=8) for stream in (True, False)]
     for caller in late:
         assert caller.join().status == 200
+    family = [child for child in server.children() if "VLLM::" in child.name()]
+    assert len(family) == 3  # the fork server, the engine, its worker
+    server.process.kill()
+    assert psutil.wait_procs(family, timeout=10)[1] == []  # none outlives a server that is killed
 
 
 def test_a_hung_engine_is_ended_and_replaced(start_tiny: StartTiny) -> None:
