@@ -5,7 +5,8 @@ request's time and blurs it little. A history that fits is asked with `truncatio
 too long is asked whole and as the messages that are left of it, which gives the same prompt. The prompts are cached.
 
 What is too long is also asked without the engine: whole to `/v1/context/fit`, a dry run that counts, cuts and renders,
-and what is left of it to `/tokenize`, which renders.
+and what is left of it to `/tokenize`, which renders. What a fit costs that cuts nothing is too little to be seen in a
+request, so all three are also measured in this process (`fit_in_process.py`).
 """
 
 import json
@@ -15,17 +16,19 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks import conversations
+from benchmarks import conversations, fit_in_process
 from benchmarks.command import Options, benchmark
 from benchmarks.comparison import Comparison, Metric, Row, median_interval, say
 from benchmarks.contenders import MODEL_NAME, TIDEGATE, shown_settings, started
 from benchmarks.conversations import Message
 from benchmarks.load import LoadFailed
+from server.engine.embedded_model import ensure_embedded_model
 
 _WINDOW: Final = 8192
 _RESERVE_TOKENS: Final = 1024
@@ -116,6 +119,9 @@ def run(options: Options) -> Comparison:
             rows.append(row)
             notes.append(note)
             say(note)
+    for note in fit_in_process.measured(Path(options.model) if options.model else ensure_embedded_model()):
+        notes.append(note)
+        say(note)
     names = ("fitted", "again" if options.noise else "not fitted")
     return Comparison(names, {**shown_settings(options.model, flags), "pairs": pairs}, rows, notes)
 

@@ -26,6 +26,7 @@ from server.store.tenants import RecordsState, TenantRecords
 log = structlog.get_logger(__name__)
 
 _WATCH_INTERVAL_S: Final = 1.0
+_FAILURES_TOLD: Final = 2  # a single answer comes too late whenever the process imports an engine
 _KNOWN_KEYS: Final = 20_000
 # How exact the time of last use is, and how long it may stay unwritten.
 _USE_NOTED_EVERY_S: Final = 60.0
@@ -71,6 +72,7 @@ class Access:
         self._known: LRUCache[str, _Known] = LRUCache(_KNOWN_KEYS)
         self._state: RecordsState | None = None
         self._failed_s: float | None = None
+        self._failures = 0  # in a row
         self._lost = False
         self._used: dict[str, float] = {}
         self._hurry = asyncio.Event()
@@ -124,9 +126,9 @@ class Access:
         except RedisUnavailable as error:
             self._note_failure(error)
             return
-        if self._failed_s is not None:
+        if self._failures >= _FAILURES_TOLD:
             log.info("keys can be read from Redis again")
-        self._failed_s = None
+        self._failed_s, self._failures = None, 0
         if seen.version is None and self._state is not None and self._state.version is not None:
             if not self._lost:
                 log.error("Redis has lost all tenants and keys. Those known here keep working; nobody else comes in.")
@@ -179,7 +181,8 @@ class Access:
         return self._failed_s is None or self._clock() - self._failed_s >= _WATCH_INTERVAL_S
 
     def _note_failure(self, error: RedisUnavailable) -> None:
-        if self._failed_s is None:
+        self._failures += 1
+        if self._failures == _FAILURES_TOLD:
             log.warning("keys cannot be read from Redis; those known so far keep working", reason=str(error))
         self._failed_s = self._clock()
 

@@ -85,13 +85,17 @@ class BatchRunner:
             await ended(self._tasks.values(), _CLEANUP_S)
 
     async def _run_all(self) -> None:
+        missed = 0
         while True:
             self._look_now.clear()
             try:
                 await self._look()
                 self._say("")
+                missed = 0
             except RedisUnavailable as error:
-                self._say(f"batches wait, because Redis does not answer: {error}")
+                missed += 1
+                if missed > 1:  # the first look may come before the embedded Redis is up
+                    self._say(f"batches wait, because Redis does not answer: {error}")
             except (DiskFull, OSError) as error:
                 self._say(f"batches wait, because their folder cannot be used: {error}")
             except Exception:

@@ -140,7 +140,7 @@ def test_a_stop_while_loading_ends_at_once(start_tiny: StartTiny) -> None:
 def test_a_start_that_cannot_work_says_why_and_fails(args: list[str], words: list[str]) -> None:
     ended = run_serve("--port", "0", *args)
     assert ended.returncode != 0
-    last = ended.stderr.strip().splitlines()[-1]
+    last = [line for line in ended.stderr.splitlines() if '"error"' in line][-1]
     assert all(word in last for word in words), ended.stderr[-2000:]
     assert "Traceback" not in ended.stderr
 
