@@ -3,6 +3,7 @@
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import add
 from typing import Any
 
@@ -12,8 +13,16 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import EngineInput
 from vllm.renderers.chat_utils import ConversationMessage
 
-from server.engine.counting import MessageCounter, Overheads, has_media, message_text, text_bytes
-from server.engine.thinking import Spot, spots_in, without_thinking
+from server.engine.counting import (
+    MessageCounter,
+    Overheads,
+    has_media,
+    message_text,
+    plain_texts,
+    text_bytes,
+    utf8_bytes,
+)
+from server.engine.thinking import THINKING_ENDS, Spot, spots_in, without_thinking
 from server.policy.refusals import ContextLengthExceeded
 
 Rendered = tuple[list[ConversationMessage], list[EngineInput]]
@@ -33,7 +42,7 @@ class Costs:
     newly_counted: int  # of these, the ones that were not in the count cache
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Conversation:
     """One chat history and the ways to measure and to render it.
 
@@ -51,22 +60,50 @@ class Conversation:
     render_messages: RenderMessages
     counts_only: bool  # asked how long it is: never to be fitted
 
+    @cached_property
+    def plain(self) -> list[str] | None:
+        """The texts of a history in which every message is a role and a text, and none a tool's; None for any other."""
+        return plain_texts(self.messages)
+
+    @cached_property
+    def _joined(self) -> str:
+        return "\n".join(self.plain or ())
+
     def bytes_within(self, most: int) -> int | None:
-        """The UTF-8 length of all that is printed; None if it is over `most`, or if media make it meaningless."""
+        """At least the UTF-8 length of all that is printed; None if it is over `most`, or if media hide it."""
         total = len(json.dumps(self.tools, indent=4)) if self.tools else 0
+        if self.plain is not None:
+            total += utf8_bytes(self._joined)
+            return total if total <= most else None
         for message in self.messages:
             length = text_bytes(message)
             if length is None or (total := total + length) > most:
                 return None
         return total if total <= most else None
 
+    def known_tokens(self) -> int | None:
+        """What `costs` would add up to, found fast, for a history of plain texts that were all counted lately.
+
+        None for any other. Thinking and tools have to be looked into.
+        """
+        if self.tools or self.plain is None or THINKING_ENDS in self._joined:
+            return None
+        counts = self.counter.known(self.plain)
+        if counts is None:
+            return None
+        roles = [message["role"] for message in self.messages]
+        return self.overheads.prompt + sum(counts) + self.overheads.around(roles)
+
     async def costs(self) -> Costs:
         """Estimates on the high side; see `server/engine/counting.py`."""
+        fixed, around = self.overheads.prompt + await self._tool_tokens(), self._around()
+        if self.plain is not None and THINKING_ENDS not in self._joined:
+            counts, new = await self.counter.count_and_tell(self.plain)
+            now = list(map(add, counts, around))
+            return Costs(now, now, fixed, len(counts), new)
         texts = [message_text(message) for message in self.messages]
         shorter = await self._settled_texts()
         counts, new = await self.counter.count_and_tell([*texts, *shorter.values()])
-        by_role, other = self.overheads.by_role, self.overheads.largest
-        around = [by_role.get(message.get("role", ""), other) for message in self.messages]
         now = list(map(add, counts, around))
         for i, message in enumerate(self.messages):
             if type(message.get("content")) is not str and has_media(message):
@@ -76,7 +113,12 @@ class Conversation:
             settled = now.copy()
             for i, count in zip(shorter, counts[len(texts) :], strict=True):
                 settled[i] = min(now[i], count + around[i])
-        return Costs(now, settled, self.overheads.prompt + await self._tool_tokens(), len(counts), new)
+        return Costs(now, settled, fixed, len(counts), new)
+
+    def _around(self) -> list[int]:
+        """What is printed around each message, in tokens."""
+        by_role, other = self.overheads.by_role, self.overheads.largest
+        return [by_role.get(message.get("role", ""), other) for message in self.messages]
 
     async def _settled_texts(self) -> dict[int, str]:
         """By index, what is printed of the answers that lose their thinking once the user speaks again."""

@@ -9,7 +9,7 @@ the thinking in earlier answers, is left out where that is certain (`thinking.py
 import asyncio
 import copy
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -33,9 +33,11 @@ class Overheads:
     by_role: Mapping[str, int]
     prompt: int
 
-    def of(self, role: str) -> int:
-        known = self.by_role.get(role)
-        return self.largest if known is None else known
+    def around(self, roles: list[str]) -> int:
+        """Around all of so many messages."""
+        counts = {role: roles.count(role) for role in self.by_role}
+        others = len(roles) - sum(counts.values())
+        return sum(count * self.by_role[role] for role, count in counts.items()) + others * self.largest
 
     @property
     def largest(self) -> int:
@@ -43,7 +45,7 @@ class Overheads:
 
 
 class MessageCounter:
-    """Token counts of message texts, in a cache of at most `max_entries` (about 200 bytes each).
+    """Token counts of message texts, in a cache of at most `max_entries` (about 100 bytes each).
 
     The cache is two dictionaries: when the recent one is full it becomes the older one, and what is not asked for again
     goes with that. A long history looks up thousands of texts at once, and an LRU takes several times as long for each.
@@ -53,9 +55,9 @@ class MessageCounter:
         # A copy of its own: the renderer sets truncation on the original while it encodes in another thread.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._half = max(1, max_entries // 2)
-        # Keyed by Python's own hash, which is salted for each process, so nobody can make two texts collide.
-        self._recent: dict[tuple[int, int], int] = {}
-        self._older: dict[tuple[int, int], int] = {}
+        # Keyed by Python's own hash of 64 bits, which is salted for each process, so nobody can make two texts collide.
+        self._recent: dict[int, int] = {}
+        self._older: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._recent) + len(self._older)
@@ -64,12 +66,17 @@ class MessageCounter:
         """The tokens of each text."""
         return (await self.count_and_tell(texts))[0]
 
+    def known(self, texts: Iterable[str]) -> list[int] | None:
+        """The tokens of each text, if all were counted lately."""
+        counts = list(map(self._recent.get, map(hash, texts)))
+        return None if None in counts else cast("list[int]", counts)
+
     async def count_and_tell(self, texts: Sequence[str]) -> tuple[list[int], int]:
         """The tokens of each text, and how many texts were new. Those are encoded off the event loop."""
-        keys = [(len(text), hash(text)) for text in texts]
-        counts = [self._recent.get(key) for key in keys]
-        if None not in counts:
-            return cast("list[int]", counts), 0
+        if (known := self.known(texts)) is not None:
+            return known, 0
+        keys = list(map(hash, texts))
+        counts = list(map(self._recent.get, keys))
         unsure = {key: text for key, text, count in zip(keys, texts, counts, strict=True) if count is None}
         found = {key: self._older[key] for key in unsure if key in self._older}
         missing = {key: text for key, text in unsure.items() if key not in found}
@@ -80,7 +87,7 @@ class MessageCounter:
         both = zip(keys, counts, strict=True)
         return [found[key] if count is None else count for key, count in both], len(missing)
 
-    def _remember(self, key: tuple[int, int], count: int) -> None:
+    def _remember(self, key: int, count: int) -> None:
         if len(self._recent) >= self._half:
             self._recent, self._older = {}, self._recent
         self._recent[key] = count
@@ -91,6 +98,18 @@ class MessageCounter:
         if backend is None:
             return [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         return [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def plain_texts(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """The texts of messages that all have a role, which is not `tool`, and one text, and nothing else; most have."""
+    texts = [
+        message["content"]
+        for message in messages
+        if len(message) == _PLAIN_MESSAGE_FIELDS
+        and type(message.get("content")) is str
+        and message.get("role", "tool") != "tool"
+    ]
+    return texts if len(texts) == len(messages) else None
 
 
 def message_text(message: Mapping[str, Any]) -> str:
@@ -120,8 +139,13 @@ def text_bytes(message: Mapping[str, Any]) -> int | None:
     """At least the UTF-8 length of `message_text`, found fast; None for a message with media."""
     content = message.get("content")
     if type(content) is str and len(message) == _PLAIN_MESSAGE_FIELDS and message.get("role") != "tool":
-        return len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
-    return None if has_media(message) else len(message_text(message).encode("utf-8", "surrogatepass"))
+        return utf8_bytes(content)
+    return None if has_media(message) else utf8_bytes(message_text(message))
+
+
+def utf8_bytes(text: str) -> int:
+    """The length of a text in UTF-8, lone surrogates of JSON included."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def has_media(message: Mapping[str, Any]) -> bool:

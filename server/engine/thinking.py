@@ -12,7 +12,7 @@ from typing import Any, Final
 ProbeLength = Callable[[list[dict[str, Any]]], Awaitable[int | None]]
 
 _OPEN: Final = "<think>"
-_CLOSE: Final = "</think>"
+THINKING_ENDS: Final = "</think>"
 _PLAIN_FIELDS: Final = 2  # role and content
 _MUCH: Final = " ".join(["thought"] * 48)
 _MERGED_TOKENS: Final = 2  # for each answer: text split in two places can take a token more or less at the seam
@@ -35,8 +35,8 @@ def spot_of(message: Mapping[str, Any]) -> Spot | None:
         return None
     content, reasoning = message.get("content"), message.get("reasoning")
     text = content if isinstance(content, str) else ""
-    place = _place_in(text) if _CLOSE in text and not reasoning else None
-    if reasoning and isinstance(reasoning, str) and _OPEN not in text and _CLOSE not in text:
+    place = _place_in(text) if THINKING_ENDS in text and not reasoning else None
+    if reasoning and isinstance(reasoning, str) and _OPEN not in text and THINKING_ENDS not in text:
         place = Place.FIELD
     return None if place is None else (place, bool(message.get("tool_calls")))
 
@@ -47,14 +47,14 @@ def spots_in(messages: Sequence[Mapping[str, Any]]) -> dict[int, Spot]:
         i
         for i, message in enumerate(messages)
         if message.get("role") == "assistant"
-        and (len(message) > _PLAIN_FIELDS or _CLOSE in (message.get("content") or ""))
+        and (len(message) > _PLAIN_FIELDS or THINKING_ENDS in (message.get("content") or ""))
     ]
     return {i: spot for i in likely if (spot := spot_of(messages[i])) is not None}
 
 
 def _place_in(text: str) -> Place | None:
-    before, after = text.split(_CLOSE, 1)
-    if _CLOSE in after or _OPEN in after:
+    before, after = text.split(THINKING_ENDS, 1)
+    if THINKING_ENDS in after or _OPEN in after:
         return None
     if before.lstrip().startswith(_OPEN) and before.count(_OPEN) == 1:
         return Place.TAGS
@@ -65,7 +65,7 @@ def without_thinking(message: Mapping[str, Any], place: Place) -> dict[str, Any]
     """What is left of a message whose thinking stands in that place."""
     if place is Place.FIELD:
         return {key: value for key, value in message.items() if key not in ("reasoning", "reasoning_content")}
-    return {**message, "content": message["content"].split(_CLOSE, 1)[1]}
+    return {**message, "content": message["content"].split(THINKING_ENDS, 1)[1]}
 
 
 async def spots_left_out(length: ProbeLength) -> frozenset[Spot]:
@@ -88,9 +88,9 @@ def _conversation(place: Place | None, *, calling: bool) -> list[dict[str, Any]]
     answer: dict[str, Any] = {"role": "assistant", "content": "a"}
     match place:
         case Place.TAGS:
-            answer["content"] = f"{_OPEN}\n{_MUCH}\n{_CLOSE}\n\na"
+            answer["content"] = f"{_OPEN}\n{_MUCH}\n{THINKING_ENDS}\n\na"
         case Place.CLOSING_TAG:
-            answer["content"] = f"{_MUCH}\n{_CLOSE}\n\na"
+            answer["content"] = f"{_MUCH}\n{THINKING_ENDS}\n\na"
         case Place.FIELD:
             answer["reasoning"] = _MUCH
     messages: list[dict[str, Any]] = []

@@ -67,6 +67,7 @@ class HistoryFitter:
         self._policy = policy
         self._overrides = overrides
         self._metrics = metrics
+        self._windows: dict[tuple[int, str | None, float], Window] = {}
 
     def policy_of(self, model: str | None) -> ContextPolicy:
         """The operator's policy for a served model or adapter."""
@@ -81,7 +82,8 @@ class HistoryFitter:
             return rendered
         if not policy.enabled or conversation.counts_only:
             return await conversation.render(conversation.messages)
-        if self._surely_fits(conversation, window) and (whole := await _whole(conversation, window)):
+        fits = self._surely_fits(conversation, window) or self._known_to_fit(conversation, window)
+        if fits and (whole := await _whole(conversation, window)):
             return whole
         report, rendered = await self._fit(conversation, window, policy.retention_ratio)
         if report.fit.truncated:
@@ -107,8 +109,11 @@ class HistoryFitter:
         return default_reserve_tokens(max_model_len) if chosen is None else min(chosen, max_model_len - 1)
 
     def _window(self, conversation: Conversation, request: OpenRequest) -> Window:
-        reserve = self._reserve(conversation.max_model_len, request)
-        return Window(conversation.max_model_len, reserve, factor=request.context_factor)
+        max_model_len, factor = conversation.max_model_len, request.context_factor
+        kind = (max_model_len, request.model if request.model in self._overrides else None, factor)
+        if kind not in self._windows:
+            self._windows[kind] = Window(max_model_len, self._reserve(max_model_len, request), factor=factor)
+        return self._windows[kind]
 
     def _surely_fits(self, conversation: Conversation, window: Window) -> bool:
         """By byte length alone."""
@@ -116,9 +121,18 @@ class HistoryFitter:
         length = conversation.bytes_within(window.max_model_len)
         if length is None:
             return False
-        if _holds_results(messages):
+        if conversation.plain is None and _holds_results(messages):
             _laid_out(messages)
         return fits_by_bytes(length + overheads.prompt, len(messages), overheads.largest, window)
+
+    def _known_to_fit(self, conversation: Conversation, window: Window) -> bool:
+        """By the counts that are there already."""
+        started_s = time.perf_counter()
+        tokens = conversation.known_tokens() if _may_fit(conversation, window) else None
+        if tokens is None or not fits_whole(tokens, window):
+            return False
+        self._metrics.fitted(time.perf_counter() - started_s, len(conversation.messages), 0)
+        return True
 
     async def _fit(self, conversation: Conversation, window: Window, ratio: float) -> tuple[FitReport, Rendered]:
         started_s = time.perf_counter()
@@ -138,6 +152,11 @@ class HistoryFitter:
                 if prompt_tokens <= window.max_prompt_tokens:
                     return FitReport(messages, tokens, fit, window, prompt_tokens), rendered
             fit = _smaller(fit, _laid_out(messages), tokens, window, prompt_tokens)
+
+
+def _may_fit(conversation: Conversation, window: Window) -> bool:
+    """Whether there is room for what is printed around so many messages, so that looking further is worth it."""
+    return len(conversation.messages) * min(conversation.overheads.by_role.values(), default=0) < window.max_model_len
 
 
 async def _whole(conversation: Conversation, window: Window) -> Rendered | None:
@@ -195,7 +214,7 @@ def _laid_out(messages: list[dict[str, Any]]) -> Layout:
 
 def _holds_results(messages: list[dict[str, Any]]) -> bool:
     """Whether the history has to be laid out in any case, to find results without their call."""
-    return any(message.get("role") == "tool" for message in messages)
+    return "tool" in [message.get("role") for message in messages]
 
 
 def described(report: FitReport) -> dict[str, Any]:

@@ -54,10 +54,11 @@ class Metrics:
         self._dropped_tokens = Counter(
             "tidegate_context_dropped_tokens_total", "Tokens left out of prompts", registry=registry
         )
-        self._counted = Counter(
+        counted = Counter(
             "tidegate_context_counted_messages_total", "Messages counted, by where the count came from", ("source",),
             registry=registry,
         )  # fmt: skip
+        self._counted_before, self._counted_anew = counted.labels("cache"), counted.labels("tokenizer")
         self._fit_duration = Histogram(
             "tidegate_context_fit_duration_seconds", "Counting and planning of histories that do not fit by length",
             buckets=_FIT_BUCKETS_S, registry=registry,
@@ -94,8 +95,9 @@ class Metrics:
     def fitted(self, duration_s: float, cached: int, counted: int) -> None:
         """A history was counted, so many of its messages from the cache, and planned."""
         self._fit_duration.observe(duration_s)
-        self._counted.labels("cache").inc(cached)
-        self._counted.labels("tokenizer").inc(counted)
+        self._counted_before.inc(cached)
+        if counted:
+            self._counted_anew.inc(counted)
 
     def http_request(self, method: str, route: str, status: int, duration_s: float) -> None:
         self._http_requests.labels(method, route, str(status)).inc()

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.engine
 
 _THOUGHT = "The moon pulls at the sea. " * 20
 _AROUND = 6
+ROUND = [{"role": "user", "content": "How often does it rise?"}, {"role": "assistant", "content": "Twice a day."}]
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +90,32 @@ def test_reasoning_beside_the_content_is_left_out_too(counter: MessageCounter) -
     assert found.settled == [counted(counter, "Twice.")]
 
 
-@pytest.mark.parametrize(("most", "length"), [(7, 7), (6, None)])
-def test_bytes_are_summed_only_as_far_as_they_matter(counter: MessageCounter, most: int, length: int | None) -> None:
-    messages = [{"role": "user", "content": "海"}, {"role": "assistant", "content": "tide"}]
+@pytest.mark.parametrize(("most", "length"), [(8, 8), (7, None)])
+def test_bytes_matter_only_up_to_a_length(counter: MessageCounter, most: int, length: int | None) -> None:
+    messages = [{"role": "user", "content": "海"}, {"role": "assistant", "content": "tide"}]  # and one between them
     assert conversation(counter, messages).bytes_within(most) == length
+
+
+def test_what_is_known_adds_up_to_the_costs(counter: MessageCounter) -> None:
+    history = [{"role": "system", "content": "Be brief."}, *ROUND, {"role": "user", "content": "And then?"}]
+    assert conversation(counter, history).known_tokens() is None  # nobody has counted them yet
+    found = costs(conversation(counter, history))
+    assert conversation(counter, history).known_tokens() == sum(found.messages) + found.fixed
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"role": "assistant", "content": "<think>so</think>Twice."},
+        {"role": "assistant", "content": "Twice.", "reasoning": "so"},
+        {"role": "tool", "content": "Twice.", "tool_call_id": "a"},
+        {"role": "user", "content": [{"type": "text", "text": "Twice."}]},
+    ],
+)
+def test_what_has_to_be_looked_into_is_not_known(counter: MessageCounter, odd: dict[str, Any]) -> None:
+    history = [*ROUND, odd]
+    costs(conversation(counter, history, frozenset()))
+    assert conversation(counter, history).known_tokens() is None
 
 
 def test_media_have_no_byte_length(counter: MessageCounter) -> None:

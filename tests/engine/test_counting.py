@@ -84,7 +84,7 @@ def test_overheads_measured_on_a_template_cover_what_it_prints(tokenizer: Any) -
         history = [{"role": "user", "content": "Where to?"}, {"role": "assistant", "content": "To sea, and far."}] * 20
         counts = await counter.count([message["content"] for message in history])
         estimate = overheads.prompt + sum(
-            count + overheads.of(message["role"]) for count, message in zip(counts, history, strict=True)
+            count + overheads.around([message["role"]]) for count, message in zip(counts, history, strict=True)
         )
         real = await length(history)
         assert real <= estimate <= real * 1.15
@@ -97,8 +97,8 @@ def test_a_template_that_always_raises_leaves_a_careful_guess(tokenizer: Any) ->
         raise ValueError(f"no template for {len(messages)} messages")
 
     overheads = asyncio.run(measure_overheads(never, MessageCounter(tokenizer, 10)))
-    assert overheads.of("user") >= 10
-    assert overheads.of("unheard of") >= 10
+    assert overheads.around(["user"]) >= 10
+    assert overheads.around(["unheard of", "user"]) >= 20
 
 
 @pytest.mark.parametrize(
