@@ -160,7 +160,7 @@ async def _rounds(kind: Kind, model: str, kills: int) -> list[Round]:
                 done.held = _holdings(contender)
                 rounds.append(done)
                 say(
-                    f"kill {number + 1} of {kills}: streams ended after {max(done.streams_ended_s):.2f} s, "
+                    f"kill {number + 1} of {kills}: streams ended after {max(done.streams_ended_s, default=0):.2f} s, "
                     f"first answer after {min(done.answered_s, default=0):.1f} s, lost {done.lost}, {done.held}"
                 )
     return rounds
@@ -214,7 +214,7 @@ def _figures(rounds: Sequence[Round], plain: Round, exit_code: int | None) -> di
     return {
         "benchmark": "engine-kills",
         "kills": len(rounds),
-        "streams_ended_max_s": max(max(done.streams_ended_s) for done in rounds),
+        "streams_ended_max_s": max(max(done.streams_ended_s, default=0.0) for done in rounds),
         "first_answer_p50_s": statistics.median(min(done.answered_s) for done in rounds if done.answered_s),
         "build_p50_s": statistics.median(done.build_s for done in rounds),
         "first_answer_after_build_p50_s": statistics.median(overheads_s),
