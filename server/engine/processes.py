@@ -24,7 +24,6 @@ _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps it
 _EXIT_TIMEOUT_S: Final = 5.0
 _EXIT_LOOK_S: Final = 0.01
 _PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
-_INIT: Final = 1
 _INODE: Final = 4  # its column in /proc/PID/maps
 
 
@@ -91,8 +90,9 @@ def end_with_parent() -> None:
     """
     if sys.platform != "linux":
         return
+    parent_pid = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == _INIT:  # it ended before we asked
+    if os.getppid() != parent_pid:  # it ended before we had asked
         os._exit(1)
 
 
