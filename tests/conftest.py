@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import structlog.testing
+from hypothesis import HealthCheck, settings
 from openai import OpenAI
 
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from tests.live.running_server import RunningServer, start_server
 from tests.models.tiny_llama import make_tiny_llama
+
+settings.register_profile("at leisure", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("at leisure")  # no test is a matter of time: the machine may be busy with something else
 
 
 @pytest.hookimpl(trylast=True)
