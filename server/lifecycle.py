@@ -63,9 +63,6 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
         _say_why(f"Cannot listen on {where}: {error.strerror}. Choose another with --port or --host.")
         return 1
     _raise_open_files_limit()
-    fork_server = ForkServer() if settings.engine_fork_server else None
-    if fork_server is not None:
-        fork_server.start()
     with (
         tempfile.TemporaryDirectory(prefix="tidegate-") as scratch,
         contextlib.closing(listener),
@@ -73,7 +70,7 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
     ):
         os.environ.setdefault(_SOCKETS_FOLDER, scratch)
         try:
-            process = Process(settings, vllm_args, versions, Path(scratch), fork_server, json_lines=json_lines)
+            process = Process(settings, vllm_args, versions, Path(scratch), json_lines=json_lines)
         except (BadRedisUrl, TenantsFileError) as error:
             _say_why(str(error))
             return 1
@@ -92,12 +89,11 @@ class Process:
         vllm_args: Sequence[str],
         versions: Mapping[str, str],
         scratch: Path,
-        fork_server: ForkServer | None,
         *,
         json_lines: bool,
     ) -> None:
         self._settings = settings
-        self._fork_server = fork_server
+        self._fork_server = ForkServer() if settings.engine_fork_server else None
         self._flags = _all_flags(settings, vllm_args)
         self._scratch = scratch
         self._json_lines = json_lines
@@ -192,6 +188,8 @@ class Process:
 
     async def _import_and_build(self) -> "Stack | None":
         self._app.slot.enter("importing the engine")
+        if self._fork_server is not None:
+            self._fork_server.start()
         await asyncio.to_thread(_import_engine)
         try:
             return await self._build()
