@@ -8,6 +8,7 @@ import ipaddress
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from cachetools import LRUCache
@@ -51,9 +52,9 @@ class Edge:
         the same proxy.
         """
         address = client_address(request)
-        if self._limiter.limiter.test(self._logins, _FAILED_LOGINS, address):
+        if (address, _fingerprint(key)) in self._worked:
             return
-        if (address, _fingerprint(key)) not in self._worked:
+        if not self._limiter.limiter.test(self._logins, _FAILED_LOGINS, address):
             raise self._too_many("failed logins", self._logins, _FAILED_LOGINS, address)
 
     def login_worked(self, request: Request, key: str) -> None:
@@ -89,12 +90,16 @@ class Edge:
 
 def client_address(request: Request) -> str:
     """The address that counts as one client: IPv4 as it is, of IPv6 the network."""
-    if request.client is None or not request.client.host:
-        return _LOCAL
+    client = request.client
+    return _LOCAL if client is None or not client.host else _network(client.host)
+
+
+@lru_cache(_REMEMBERED_LOGINS)
+def _network(host: str) -> str:
     try:
-        address = ipaddress.ip_address(request.client.host)
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return request.client.host
+        return host
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
         return str(ipaddress.IPv6Network((int(address), _IPV6_PREFIX), strict=False))
     return str(getattr(address, "ipv4_mapped", None) or address)
