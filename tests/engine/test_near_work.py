@@ -57,9 +57,7 @@ def test_the_thread_and_the_loop_never_work_at_the_same_time(executor: _Swappabl
         assert behind.result(5) != threading.get_ident()
         running.result(5)
         deadline_s = time.monotonic() + 5
-        while (
-            executor.submit(threading.get_ident).result(5) != threading.get_ident()
-        ):  # told before it has ended
+        while executor.submit(threading.get_ident).result(5) != threading.get_ident():  # told before it has ended
             assert time.monotonic() < deadline_s
 
 
