@@ -5,6 +5,7 @@ Counts are kept in memory for each client address, and start anew with each minu
 
 import hashlib
 import ipaddress
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _REMEMBERED_LOGINS: Final = 20_000
 # Who has one IPv6 address has at least 2^64 of them.
 _IPV6_PREFIX: Final = 64
 _LOCAL: Final = "local"
+_WINDOW_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Edge:
         self._limiter = Limiter(key_func=client_address, strategy="fixed-window", storage_uri="memory://")
         self._logins = RateLimitItemPerMinute(limits.failed_logins)
         self._worked: LRUCache[tuple[str, bytes], bool] = LRUCache(_REMEMBERED_LOGINS)
+        self._failures_end_s = -math.inf  # on the clock of `time.monotonic`
         self.model_list = self._guard(limits.model_lists, "model lists")
         self.operator_request = self._guard(limits.operator_requests, "operator requests")
 
@@ -51,6 +54,8 @@ class Edge:
         A key that has worked from there passes: one program with a wrong key must not lock out its neighbours behind
         the same proxy.
         """
+        if time.monotonic() > self._failures_end_s:
+            return
         address = client_address(request)
         if (address, _fingerprint(key)) in self._worked:
             return
@@ -61,6 +66,7 @@ class Edge:
         self._worked[client_address(request), _fingerprint(key)] = True
 
     def login_failed(self, request: Request) -> None:
+        self._failures_end_s = time.monotonic() + _WINDOW_S
         self._limiter.limiter.hit(self._logins, _FAILED_LOGINS, client_address(request))
 
     def _guard(self, per_minute: int, what: str) -> Callable[[Request], Awaitable[None]]:

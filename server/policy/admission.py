@@ -102,6 +102,8 @@ class Admission:
         if self.capacity is None:
             return 0.0
         traffic_class = terms.traffic_class
+        if self._is_calm(traffic_class, ask):
+            return self._own_s(ask)
         ahead = self.backlog.ahead_of(traffic_class, tenant, terms.priority)
         favoured = self._is_favoured(traffic_class, tenant)
         room = room_for(traffic_class, self._cap_for(traffic_class).soon, self.capacity, favoured=favoured)
@@ -120,6 +122,13 @@ class Admission:
         rate = self.rates.prefill_tokens_per_s(self.unloaded)
         ahead_s = ahead.prompt_tokens / rate if rate else 0.0
         return max(wait_s, ahead_s) + self._own_s(ask)
+
+    def _is_calm(self, traffic_class: TrafficClass, ask: Ask) -> bool:
+        """Whether nobody waits, and half of every class's room is free beside this one: nothing is to be worked out."""
+        if self.capacity is None or len(self.backlog) or traffic_class == "batch":
+            return False
+        tokens = self._promised() + (ask.prompt_tokens + ask.max_tokens + self.capacity.block_tokens) * ask.sequences
+        return 2 * (self.ledger.sequences + ask.sequences) <= self.cap.soon and 2 * tokens <= self.capacity.kv_tokens
 
     def patience_s(self, terms: Terms, ask: Ask) -> float:
         """Seconds that a request may take to its first token."""
