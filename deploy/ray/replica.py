@@ -1,0 +1,140 @@
+"""One Tidegate server inside a process of Ray: the same parts and the same life as `tidegate serve`."""
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Sequence
+from typing import Any, Final
+
+import click
+from prometheus_client import REGISTRY
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+from deploy.ray.scaling import WAIT, wait_counts
+from server.cli import read_serve, versions
+from server.lifecycle import Process, bind, configure_logs, prepared
+from server.settings import Settings
+from server.store.connection import BadRedisUrl
+from server.store.tenants_file import TenantsFileError
+from server.telemetry.readings import Readings
+
+FIRST_PORT: Final = 9100
+_PORTS: Final = 32  # replicas of one node, the leaving ones included
+
+
+class CannotServe(Exception):
+    """The replica cannot start; the message is for the operator, and Ray shows it."""
+
+
+def settings_for_ray(flags: Sequence[str]) -> tuple[Settings, tuple[str, ...]]:
+    """The settings of a replica, and the flags that are vLLM's. Raises `CannotServe`.
+
+    Replicas come and go over nodes, so they need one Redis, and one folder for batches. The own port of each is for
+    metrics and operators, beside Ray Serve's.
+    """
+    try:
+        settings, vllm_args = read_serve(flags)
+    except click.UsageError as error:
+        raise CannotServe(error.format_message()) from None
+    if settings.redis_url is None:
+        raise CannotServe(
+            "Replicas keep one limit for all through one Redis: name it with --redis-url or TIDEGATE_REDIS_URL."
+        )
+    usual = {"host": "0.0.0.0", "port": FIRST_PORT, "batches": settings.batch_folder is not None}  # noqa: S104
+    unset = {name: value for name, value in usual.items() if name not in settings.model_fields_set}
+    return settings.model_copy(update=unset), vllm_args
+
+
+class Server:
+    """A server that loads its model and serves until it is stopped, behind `asgi` and on a port of its own."""
+
+    def __init__(self, settings: Settings, vllm_args: Sequence[str]) -> None:
+        """Raises `CannotServe`."""
+        configure_logs(settings)
+        with contextlib.ExitStack() as opened:
+            listener = opened.enter_context(contextlib.closing(_bound(settings)))
+            try:
+                process = opened.enter_context(prepared(settings, vllm_args, versions()))
+            except (BadRedisUrl, TenantsFileError) as error:
+                raise CannotServe(str(error)) from None
+            self._opened = opened.pop_all()
+        self._process = process
+        self._life = asyncio.create_task(self._live(process, listener))
+        self._figures = Readings(REGISTRY, (), (WAIT,))
+        application: Any = process.application.asgi  # uvicorn and Starlette write ASGI's types in different words
+        behind_proxies: Any = ProxyHeadersMiddleware(application, list(settings.forwarded_allow_ips))
+        self.asgi: ASGIApp = Leaving(behind_proxies)
+
+    async def _live(self, process: Process, listener: socket.socket) -> int:
+        with self._opened:
+            return await process.live(listener)
+
+    async def loaded(self) -> None:
+        """Wait until the model serves. Raises `CannotServe` if it does not come to that."""
+        filled = asyncio.create_task(self._process.application.slot.filled())
+        await asyncio.wait({filled, self._life}, return_when=asyncio.FIRST_COMPLETED)
+        filled.cancel()
+        self.check()
+
+    def check(self) -> None:
+        """Raises `CannotServe` once the server has ended.
+
+        An engine that is being replaced is no reason to end the replica: its server sees to it, and requests wait.
+        """
+        if self._life.done():
+            why = self._process.start_failure or "The server has ended; the log of this replica says why."
+            raise CannotServe(str(why))
+
+    def wait_counts(self) -> dict[str, float]:
+        """The figures that the number of replicas goes by."""
+        return wait_counts(self._figures.take())
+
+    async def stop(self) -> None:
+        """Drain, and end with everything that was started."""
+        self._process.stop()
+        await self._life
+
+
+def _bound(settings: Settings) -> socket.socket:
+    """The first free port from the chosen one on: a node may have several replicas. Raises `CannotServe`."""
+    for port in range(settings.port, settings.port + _PORTS):
+        try:
+            return bind(settings.model_copy(update={"port": port}))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise CannotServe(f"Cannot listen on {settings.host}:{port}: {error.strerror}.") from None
+    raise CannotServe(f"No port from {settings.port} to {port} is free. Choose others with --port.")
+
+
+class Leaving:
+    """Ray cancels the call of a client that has left; the application is told so instead, and ends the call itself.
+
+    A cancellation from outside would reach it without its cause, and a request that was left would count as failed.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._calls: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left = asyncio.Event()
+
+        async def receive_or_left() -> Message:
+            message, leaving = asyncio.ensure_future(receive()), asyncio.ensure_future(left.wait())
+            try:
+                await asyncio.wait({message, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                return message.result() if message.done() else {"type": "http.disconnect"}
+            finally:
+                message.cancel()
+                leaving.cancel()
+
+        call = asyncio.ensure_future(self._app(scope, receive_or_left, send))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        try:
+            await asyncio.shield(call)
+        except asyncio.CancelledError:
+            left.set()
+            raise
