@@ -60,7 +60,7 @@ class Server:
             except (BadRedisUrl, TenantsFileError) as error:
                 raise CannotServe(str(error)) from None
             self._opened = opened.pop_all()
-        self._process = process
+        self._process, self._stopped = process, False
         self._life = asyncio.create_task(self._live(process, listener))
         self._figures = Readings(REGISTRY, (), (WAIT,))
         application: Any = process.application.asgi  # uvicorn and Starlette write ASGI's types in different words
@@ -83,9 +83,11 @@ class Server:
 
         An engine that is being replaced is no reason to end the replica: its server sees to it, and requests wait.
         """
-        if self._life.done():
-            why = self._process.start_failure or "The server has ended; the log of this replica says why."
-            raise CannotServe(str(why))
+        if not self._life.done():
+            return
+        if self._stopped:
+            raise CannotServe("The server was stopped.")
+        raise CannotServe(str(self._process.start_failure or "The server has ended; this replica's log says why."))
 
     def wait_counts(self) -> dict[str, float]:
         """The figures that the number of replicas goes by."""
@@ -93,6 +95,7 @@ class Server:
 
     async def stop(self) -> None:
         """Drain, and end with everything that was started."""
+        self._stopped = True
         self._process.stop()
         await self._life
 

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +40,7 @@ RPM: Final = 12  # one more each 5 s
 SEQUENCES: Final = 2  # of one engine, so that more requests have to wait
 START_S: Final = 240.0
 BUSY_CLIENTS: Final = 8
+AT_A_TIME: Final = 4
 
 
 class Failed(Exception):
@@ -114,6 +117,8 @@ def application(folder: Path, model: Path) -> Iterator[Callable[[], list[psutil.
         "PYTHONPATH": str(ROOT),
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # without one Ray writes one into the home folder
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         "RAY_SERVE_SESSION_ID_HEADER_KEY": "x-openwebui-chat-id",
     }
@@ -172,7 +177,7 @@ async def client_leaves(door: httpx.AsyncClient, key: str) -> None:
         await anext(answer.aiter_lines())
         check(await total("tidegate_requests_running") == 1, "the request runs")
     left_s = time.monotonic()
-    await until("what a client left is ended", 5, lambda: is_idle())
+    await until("what a client left is ended", 5, is_idle)
     print(f"what a client left was ended after {time.monotonic() - left_s:.2f} s")
     check(await total("tidegate_http_requests_total", 'status="499"') == 1, "it is counted as one that left")
 
@@ -197,13 +202,21 @@ async def busy(door: httpx.AsyncClient, key: str, number: int, over: asyncio.Eve
         async with chat(door, key, tokens=200, conversation=f"{number}-{chats}") as answer:
             check(answer.status_code in {200, 503}, f"status {answer.status_code} under load")
             await answer.aread()
+        if answer.status_code == 503:  # it says when to come again; too soon only takes processor time from the start
+            await asyncio.sleep(1)
 
 
 async def limits_hold(door: httpx.AsyncClient) -> None:
-    """A tenant with so many requests a minute, and four times as many at once, over two replicas."""
+    """A tenant with so many requests a minute, and four times as many in a moment, over two replicas."""
     key = await tenant(door, "limited", rpm=RPM)
+    await until("the load before is over", 60, is_idle)
     before = await by_replica("tidegate_http_requests_total", 'route="/v1/chat/completions"', 'status="200"')
-    statuses = Counter(await asyncio.gather(*(asked(door, key, str(number)) for number in range(4 * RPM))))
+    numbers = iter(range(4 * RPM))
+
+    async def one_after_the_other() -> list[int]:
+        return [await asked(door, key, str(number)) for number in numbers]
+
+    statuses = Counter(chain.from_iterable(await asyncio.gather(*(one_after_the_other() for _ in range(AT_A_TIME)))))
     after = await by_replica("tidegate_http_requests_total", 'route="/v1/chat/completions"', 'status="200"')
     let_in = [after[port] - before.get(port, 0.0) for port in after]
     check(statuses == {200: RPM, 429: 3 * RPM}, f"{RPM} a minute let in, the others refused: {statuses}")
@@ -226,15 +239,16 @@ async def killed_is_replaced(door: httpx.AsyncClient, key: str, family: Callable
     victim = next(process for process in family() if is_replica(process))
     engine = victim.children(recursive=True)
     victim.kill()
-    killed_s, lost, tries = time.monotonic(), 0, 0
-    while await serving(2) or not tries:  # until it is noticed
-        tries += 1
-        lost += await asked(door, key, f"meanwhile-{tries}") != 200
-    _, alive = psutil.wait_procs(engine, timeout=10)
+    killed_s, statuses = time.monotonic(), Counter[int]()
+    while len(statuses) == 0 or not await serving(2):
+        statuses[await asked(door, key, f"meanwhile-{statuses.total()}")] += 1
+        check(time.monotonic() - killed_s < START_S, "the killed replica is replaced")
+        await asyncio.sleep(0.5)
+    _, alive = psutil.wait_procs(engine, timeout=1)
     check(not alive, f"the engine ended with its replica: {alive}")
-    await until("the killed replica is replaced", START_S, lambda: serving(2))
     print(f"a killed replica's engine ended with it; another one serves {time.monotonic() - killed_s:.0f} s later")
-    print(f"meanwhile {tries} asked, {lost} in vain")
+    print(f"who asked meanwhile, by status: {dict(statuses)}")
+    check(statuses[200] > 0.9 * statuses.total(), "the other replica serves them")
 
 
 async def one_fewer_in_quiet(door: httpx.AsyncClient, key: str) -> None:
