@@ -1,4 +1,4 @@
-"""The Ray Serve application: `serve run deploy.ray.application:build flags=…`, or `serve deploy` with a file.
+"""The Ray Serve application that `tidegate.yaml` and `many-nodes.yaml` name, for `serve deploy` or `serve run`.
 
 A replica is a whole Tidegate server; Ray Serve brings requests to it, watches it, and sets the number of replicas.
 """

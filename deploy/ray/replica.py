@@ -20,8 +20,10 @@ from server.store.connection import BadRedisUrl
 from server.store.tenants_file import TenantsFileError
 from server.telemetry.readings import Readings
 
-FIRST_PORT: Final = 9100
+FIRST_PORT: Final = 8100
 _PORTS: Final = 32  # replicas of one node, the leaving ones included
+_LAST_PORT: Final = 65535
+_REQUEST_ID: Final = b"x-request-id"
 
 
 class CannotServe(Exception):
@@ -65,7 +67,7 @@ class Server:
         self._figures = Readings(REGISTRY, (), (WAIT,))
         application: Any = process.application.asgi  # uvicorn and Starlette write ASGI's types in different words
         behind_proxies: Any = ProxyHeadersMiddleware(application, list(settings.forwarded_allow_ips))
-        self.asgi: ASGIApp = Leaving(behind_proxies)
+        self.asgi: ASGIApp = BehindRay(behind_proxies)
 
     async def _live(self, process: Process, listener: socket.socket) -> int:
         with self._opened:
@@ -102,19 +104,22 @@ class Server:
 
 def _bound(settings: Settings) -> socket.socket:
     """The first free port from the chosen one on: a node may have several replicas. Raises `CannotServe`."""
-    for port in range(settings.port, settings.port + _PORTS):
+    last = min(settings.port + _PORTS - 1, _LAST_PORT)
+    for port in range(settings.port, last + 1):
         try:
             return bind(settings.model_copy(update={"port": port}))
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise CannotServe(f"Cannot listen on {settings.host}:{port}: {error.strerror}.") from None
-    raise CannotServe(f"No port from {settings.port} to {port} is free. Choose others with --port.")
+            if settings.uds or error.errno != errno.EADDRINUSE:
+                where = settings.uds or f"{settings.host}:{port}"
+                raise CannotServe(f"Cannot listen on {where}: {error.strerror}.") from None
+    raise CannotServe(f"No port from {settings.port} to {last} is free. Choose others with --port.")
 
 
-class Leaving:
-    """Ray cancels the call of a client that has left; the application is told so instead, and ends the call itself.
+class BehindRay:
+    """An application as Ray's proxy calls it, which is not quite as a server would.
 
-    A cancellation from outside would reach it without its cause, and a request that was left would count as failed.
+    Ray cancels the call of a client that has left. The application is told so instead, and ends the call itself: it would
+    not know the cause of a cancellation, and would count a failure. And Ray answers with the request's id as well.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -123,17 +128,7 @@ class Leaving:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         left = asyncio.Event()
-
-        async def receive_or_left() -> Message:
-            message, leaving = asyncio.ensure_future(receive()), asyncio.ensure_future(left.wait())
-            try:
-                await asyncio.wait({message, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                return message.result() if message.done() else {"type": "http.disconnect"}
-            finally:
-                message.cancel()
-                leaving.cancel()
-
-        call = asyncio.ensure_future(self._app(scope, receive_or_left, send))
+        call = asyncio.ensure_future(self._app(scope, _receive_or_left(receive, left), _without_id(send)))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
         try:
@@ -141,3 +136,25 @@ class Leaving:
         except asyncio.CancelledError:
             left.set()
             raise
+
+
+def _receive_or_left(receive: Receive, left: asyncio.Event) -> Receive:
+    async def receive_or_left() -> Message:
+        message, leaving = asyncio.ensure_future(receive()), asyncio.ensure_future(left.wait())
+        try:
+            await asyncio.wait({message, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            return message.result() if message.done() else {"type": "http.disconnect"}
+        finally:
+            message.cancel()
+            leaving.cancel()
+
+    return receive_or_left
+
+
+def _without_id(send: Send) -> Send:
+    async def send_without_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [header for header in message["headers"] if header[0] != _REQUEST_ID]
+        await send(message)
+
+    return send_without_id

@@ -16,7 +16,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from starlette.types import Message, Receive, Scope, Send
 
-from deploy.ray.replica import FIRST_PORT, CannotServe, Leaving, _bound, settings_for_ray
+from deploy.ray.replica import FIRST_PORT, BehindRay, CannotServe, _bound, settings_for_ray
 from deploy.ray.scaling import WAIT, QueueWait, quantile, wait_counts, wanted
 from server.settings import load_settings
 from server.telemetry.admission import AdmissionMetrics
@@ -226,7 +226,15 @@ def test_an_address_that_is_not_ours_is_told() -> None:
         _bound(settings)
 
 
-# A client that leaves
+def test_where_no_port_is_free_the_replica_says_so() -> None:
+    with contextlib.closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 65535))
+        settings, _ = settings_for_ray([REDIS, "--host=127.0.0.1", "--port=65535"])
+        with pytest.raises(CannotServe, match="from 65535 to 65535"):
+            _bound(settings)
+
+
+# Calls by Ray's proxy
 
 
 @pytest.mark.anyio
@@ -242,7 +250,7 @@ async def test_an_application_whose_call_is_cancelled_hears_that_its_client_has_
         await asyncio.sleep(0)  # its cleanup awaits
         ended.set()
 
-    call = asyncio.create_task(called(Leaving(application)))
+    call = asyncio.create_task(called(BehindRay(application)))
     await begun.wait()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -258,11 +266,24 @@ async def test_what_an_application_raises_is_raised() -> None:
         raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011  # its own, without words
-        await called(Leaving(application))
+        await called(BehindRay(application))
 
 
-async def called(application: Leaving) -> None:
-    """One request whose client stays silent after its body."""
+@pytest.mark.anyio
+async def test_the_id_of_a_request_is_left_to_ray_and_every_other_header_goes_out() -> None:
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive
+        headers = [(b"x-request-id", b"a"), (b"retry-after", b"5")]
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        await send({"type": "http.response.body", "body": b"full"})
+
+    head, body = await called(BehindRay(application))
+    assert (head["status"], head["headers"], body["body"]) == (503, [(b"retry-after", b"5")], b"full")
+
+
+async def called(application: BehindRay) -> list[Message]:
+    """What is sent to a client that stays silent after its body."""
+    sent: list[Message] = []
     bodies = iter([{"type": "http.request", "body": b"", "more_body": False}])
 
     async def receive() -> Message:
@@ -271,6 +292,7 @@ async def called(application: Leaving) -> None:
         return await asyncio.Future()
 
     async def send(message: Message) -> None:
-        del message
+        sent.append(message)
 
     await application({"type": "http"}, receive, send)
+    return sent
