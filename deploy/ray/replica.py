@@ -118,8 +118,8 @@ def _bound(settings: Settings) -> socket.socket:
 class BehindRay:
     """An application as Ray's proxy calls it, which is not quite as a server would.
 
-    Ray cancels the call of a client that has left. The application is told so instead, and ends the call itself: it would
-    not know the cause of a cancellation, and would count a failure. And Ray answers with the request's id as well.
+    Ray cancels the call of a client that has left. The application is told so instead, and ends the call itself: from a
+    cancellation it would not know the cause, and count a failure. And Ray answers with the request's id as well.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -164,6 +164,7 @@ async def story(family: Callable[[], list[psutil.Process]]) -> None:
 async def streams(door: httpx.AsyncClient, key: str) -> None:
     """Frame by frame: most of the answer's time lies between its first frame and its last."""
     async with chat(door, key, tokens=64) as answer:
+        check(len(answer.headers.get_list("x-request-id")) == 1, "an answer has one id")
         came_s = [time.monotonic() async for line in answer.aiter_lines() if line.startswith("data: ")]
     spread_s = came_s[-1] - came_s[0]
     distinct = len({round(moment_s, 3) for moment_s in came_s})
