@@ -1,7 +1,7 @@
 """The command line. Our options come from the settings; every other flag of `serve` is vLLM's."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,16 @@ def _settings(
         return load_settings(given, settings_file), vllm_args
     except SettingsError as error:
         raise click.UsageError(str(error)) from error
+
+
+def read_serve(arguments: Sequence[str]) -> tuple[Settings, tuple[str, ...]]:
+    """What `tidegate serve ARGUMENTS` would serve with: our settings, and the flags that are vLLM's.
+
+    Raises `click.UsageError`.
+    """
+    params = cli.commands["serve"].make_context("serve", list(arguments)).params
+    del params["help_vllm"]
+    return _settings(flags=params, settings_file=params.pop("settings_file"), vllm_args=params.pop("vllm_args"))
 
 
 @click.pass_context

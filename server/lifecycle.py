@@ -9,8 +9,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Coroutine, Generator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Generator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Never
 
@@ -53,60 +53,69 @@ _SOCKETS_FOLDER: Final = "VLLM_RPC_BASE_PATH"  # where vLLM puts its engine's so
 
 def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, str]) -> int:
     """Serve until told to stop. Returns the process's exit code."""
-    os.environ.setdefault("PYTHONWARNINGS", _QUIET_RESOURCE_TRACKER)
-    json_lines = logs.wants_json(settings.log_format)
-    logs.configure(json_lines=json_lines, level=settings.log_level)
+    configure_logs(settings)
     try:
-        listener = _bind(settings)
+        listener = bind(settings)
     except OSError as error:
         where = settings.uds or f"{settings.host}:{settings.port}"
         _say_why(f"Cannot listen on {where}: {error.strerror}. Choose another with --port or --host.")
         return 1
-    _raise_open_files_limit()
-    with (
-        tempfile.TemporaryDirectory(prefix="tidegate-") as scratch,
-        contextlib.closing(listener),
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-    ):
-        os.environ.setdefault(_SOCKETS_FOLDER, scratch)
-        try:
-            process = Process(settings, vllm_args, versions, Path(scratch), json_lines=json_lines)
-        except (BadRedisUrl, TenantsFileError) as error:
-            _say_why(str(error))
-            return 1
-        code = runner.run(process.run(listener))
-        if process.loading_abandoned:
-            _leave_behind_the_loading(scratch, code)
+    try:
+        with (
+            contextlib.closing(listener),
+            prepared(settings, vllm_args, versions) as process,
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
+            code = runner.run(process.run(listener))
+            if process.loading_abandoned:
+                _leave_behind_the_loading(process.scratch, code)
+    except (BadRedisUrl, TenantsFileError) as error:
+        _say_why(str(error))
+        return 1
     return code
+
+
+def configure_logs(settings: Settings) -> None:
+    """Let this process, and those it will start, log as the settings say."""
+    os.environ.setdefault("PYTHONWARNINGS", _QUIET_RESOURCE_TRACKER)
+    logs.configure(json_lines=logs.wants_json(settings.log_format), level=settings.log_level)
+
+
+@contextmanager
+def prepared(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, str]) -> "Iterator[Process]":
+    """A process that does not run yet, on a machine made ready for it. Raises `BadRedisUrl` and `TenantsFileError`."""
+    _raise_open_files_limit()
+    with tempfile.TemporaryDirectory(prefix="tidegate-") as scratch:
+        os.environ.setdefault(_SOCKETS_FOLDER, scratch)
+        yield Process(settings, vllm_args, versions, Path(scratch))
 
 
 class Process:
     """One serving process."""
 
     def __init__(
-        self,
-        settings: Settings,
-        vllm_args: Sequence[str],
-        versions: Mapping[str, str],
-        scratch: Path,
-        *,
-        json_lines: bool,
+        self, settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, str], scratch: Path
     ) -> None:
         self._settings = settings
         self._fork_server = ForkServer() if settings.engine_fork_server else None
         self._flags = _all_flags(settings, vllm_args)
-        self._scratch = scratch
-        self._json_lines = json_lines
+        self.scratch = scratch
         self._app: Application = build_application(settings, versions, operator_key=_operator_key(settings))
         self._stop = asyncio.Event()
         self._stop_at_once = asyncio.Event()
         self.loading_abandoned = False
+        self.start_failure: StartFailure | None = None
 
     async def run(self, listener: socket.socket) -> int:
+        """Live, with the signals of an operator. Returns the process's exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self.stop)
         loop.add_signal_handler(signal.SIGHUP, self._app.access.reload_declared)
+        return await self.live(listener)
+
+    async def live(self, listener: socket.socket) -> int:
+        """Load, serve and drain. Returns the process's exit code."""
         self._say_where(listener)
         http = _HttpServer(self._http_config())
         serving = asyncio.create_task(http.serve(sockets=[listener]))
@@ -118,6 +127,17 @@ class Process:
             await serving
             await asyncio.to_thread(self._app.traces.close)
         return code
+
+    @property
+    def application(self) -> Application:
+        """What answers HTTP, and its parts."""
+        return self._app
+
+    def stop(self) -> None:
+        """Drain and end; called again, end without waiting for what runs."""
+        if self._stop.is_set():
+            self._stop_at_once.set()
+        self._stop.set()
 
     @asynccontextmanager
     async def _keys_followed(self) -> AsyncIterator[None]:
@@ -134,11 +154,6 @@ class Process:
             async with asyncio.timeout(_REDIS_START_S):
                 await self._app.store.wait_until_up()
         await self._app.access.watch(self._on_open_or_closed)
-
-    def _on_signal(self) -> None:
-        if self._stop.is_set():
-            self._stop_at_once.set()
-        self._stop.set()
 
     async def _live(self) -> int:
         stack = await self._load()
@@ -194,6 +209,7 @@ class Process:
         try:
             return await self._build()
         except StartFailure as failure:
+            self.start_failure = failure
             _say_why(str(failure))
             return None
 
@@ -201,10 +217,10 @@ class Process:
         """A new stack. Raises `StartFailure`."""
         from server.engine.stack import StackRequest, build_stack
 
-        config, errors = self._scratch / "logging.json", self._scratch / "engine-errors.log"
-        errors.unlink(missing_ok=True)  # the words of an engine that is gone explain nothing about the next
-        logs.write_child_config(config, errors, json_lines=self._json_lines, level=self._settings.log_level)
         s = self._settings
+        config, errors = self.scratch / "logging.json", self.scratch / "engine-errors.log"
+        errors.unlink(missing_ok=True)  # the words of an engine that is gone explain nothing about the next
+        logs.write_child_config(config, errors, json_lines=logs.wants_json(s.log_format), level=s.log_level)
         request = StackRequest(
             self._flags, config, errors, s.context_count_cache_entries, s.fast_streams, self._app.traces.on,
             self._fork_server,
@@ -305,7 +321,8 @@ def _say_why(sentence: str) -> None:
     log.error(sentence)
 
 
-def _bind(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
+    """The socket to listen on. Raises `OSError`."""
     if settings.uds:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(settings.uds)
@@ -364,7 +381,7 @@ async def _first(*waits: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
                 task.cancel()
 
 
-def _leave_behind_the_loading(scratch: str, code: int) -> Never:
+def _leave_behind_the_loading(scratch: Path, code: int) -> Never:
     """End now: the thread that loads cannot be interrupted, and Python would wait for it.
 
     Until the last moment it may write files and start processes, so both are cleared away here once more.

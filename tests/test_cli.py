@@ -4,11 +4,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from server import __version__
-from server.cli import ServeCommand, _without_aliases, cli, versions
+from server.cli import ServeCommand, _without_aliases, cli, read_serve, versions
 from server.settings import SECTIONS, flag_name
 
 PROJECT = Path(__file__).parents[1]
@@ -84,6 +85,13 @@ def test_our_flags_are_taken_out_wherever_they_stand() -> None:
         "docs": True,
         "vllm_args": ("m", "--max-model-len", "4096", "--seed", "0"),
     }
+
+
+def test_the_words_of_a_command_line_can_be_read_without_serving() -> None:
+    settings, vllm_args = read_serve(["m", "--port", "1", "--max-model-len", "4096", "--disable-fastapi-docs"])
+    assert (settings.port, settings.docs, vllm_args) == (1, False, ("m", "--max-model-len", "4096"))
+    with pytest.raises(click.UsageError, match="--port"):
+        read_serve(["--port", "ninety"])
 
 
 def test_a_switch_is_on_off_or_left_open() -> None:

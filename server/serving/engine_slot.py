@@ -46,6 +46,11 @@ class EngineSlot:
         """Whether an engine that served has died, and the next one is not there yet."""
         return self._has_served and not self.ready
 
+    async def filled(self) -> None:
+        """Wait for the first stack."""
+        while not self._has_served:
+            await self._filled.wait()
+
     async def wait(self, timeout_s: float) -> None:
         """Wait while the slot is down, `timeout_s` at most."""
         try:

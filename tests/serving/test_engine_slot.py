@@ -27,6 +27,16 @@ async def test_a_slot_that_never_served_is_loading_and_not_down() -> None:
         _ = slot.stack
 
 
+async def test_the_first_engine_can_be_waited_for_also_when_it_is_dead_already() -> None:
+    slot = EngineSlot()
+    waiting = asyncio.create_task(slot.filled())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    fill(slot).alive = False
+    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(slot.filled(), 1)
+
+
 async def test_a_slot_is_down_from_the_death_of_its_engine_on() -> None:
     slot = EngineSlot()
     stack = fill(slot)
