@@ -17,6 +17,8 @@ from benchmarks import (
     overload,
     replicas,
     serving,
+    side_by_side,
+    soak,
     start_up,
 )
 
@@ -41,6 +43,8 @@ benchmarks.add_command(limits.command)
 benchmarks.add_command(load_test.command)
 benchmarks.add_command(batch_gaps.command)
 benchmarks.add_command(replicas.command)
+benchmarks.add_command(soak.command)
+benchmarks.add_command(side_by_side.command)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ _REQUESTS: Final = Metric("requests_per_s", "requests/s", "higher")
 _REQUEST_CPU: Final = Metric("cpu_us_per_request", "front-end µs CPU/request", "lower")
 _STREAM_METRICS: Final = (_CPU, _TTFT_P50, _TTFT_P99)
 _ANSWER_METRICS: Final = (_REQUESTS, _REQUEST_CPU)
-_SATURATED_STEPS_PER_S: Final = 100_000
+SATURATED_STEPS_PER_S: Final = 100_000
 
 Command = Callable[[str, int, Sequence[str]], list[str]]
 
@@ -62,7 +62,7 @@ def _works(*, quick: bool) -> dict[int, list[Work]]:
         Work("saturated, 32 streams", Load(32, 64, 256, True, seed=3), (_CPU, _TOKENS)),
         Work("answers of 1 token", Load(32, 400 if quick else 2000, 1, False, seed=5), _ANSWER_METRICS),
     ]
-    return {25: paced, _SATURATED_STEPS_PER_S: saturated}
+    return {25: paced, SATURATED_STEPS_PER_S: saturated}
 
 
 @click.command("front-end")
@@ -79,8 +79,8 @@ def command(model: str | None, quick: bool, pairs: int, noise: bool, as_json: bo
     rows: list[Row] = []
     for steps_per_s, works in _works(quick=quick).items():
         with ExitStack() as stack:
-            ours = stack.enter_context(_instant(first, model, steps_per_s, () if noise else flags))
-            theirs = stack.enter_context(_instant(PLAIN, model, steps_per_s, ()))
+            ours = stack.enter_context(instant(first, model, steps_per_s, () if noise else flags))
+            theirs = stack.enter_context(instant(PLAIN, model, steps_per_s, ()))
             for measured in (ours, theirs):
                 measured.contender.wait_until_ready()
             for work in works:
@@ -105,7 +105,8 @@ def _headline(rows: Sequence[Row]) -> dict[str, float]:
 
 
 @contextmanager
-def _instant(kind: Kind, model: str, steps_per_s: int, flags: Sequence[str]) -> Iterator[Measured]:
+def instant(kind: Kind, model: str, steps_per_s: int, flags: Sequence[str]) -> Iterator[Measured]:
+    """A server of this kind over an engine that makes so many steps a second."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         cost_file = Path(folder) / "cost"
         cost_file.write_bytes(bytes(8))

@@ -107,6 +107,7 @@ class Process:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         loop.add_signal_handler(signal.SIGHUP, self._app.access.reload_declared)
+        self._app.figures.watch_event_loop(lambda: len(asyncio.all_tasks(loop)))
         self._say_where(listener)
         http = _HttpServer(self._http_config())
         serving = asyncio.create_task(http.serve(sockets=[listener]))
