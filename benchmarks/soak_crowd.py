@@ -80,7 +80,7 @@ async def _asked(session: aiohttp.ClientSession, ask: Ask) -> str:
             await response.read()
             return str(response.status)
         if not ask.body.get("stream"):
-            return "answered" if (await response.json())["choices"] else "empty"
+            return "answered" if await response.json() else "empty"
         frames, last = 0, b""
         async for line in response.content:
             if not line.startswith(_DATA):
