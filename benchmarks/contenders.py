@@ -78,10 +78,7 @@ PLAIN: Final = Kind("plain", "/health", _plain)
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A server that was started. `started_s` is on the clock of `time.perf_counter`.
-
-    A proxy has the server `behind` it, and may want a `key`.
-    """
+    """A server that was started. `started_s` is on the clock of `time.perf_counter`; a server that asks has a `key`."""
 
     name: str
     url: str
@@ -91,7 +88,6 @@ class Contender:
     live_path: str
     ready_path: str = "/health"
     key: str | None = None
-    behind: "Contender | None" = None
 
     def wait_until_live(self) -> float:
         """Seconds from the start to the first 200 of any kind."""
@@ -115,8 +111,8 @@ class Contender:
                 return
 
     def front_cpu_s(self) -> float:
-        """CPU seconds so far of the process that speaks HTTP; of a proxy, of all its own and the one behind it."""
-        return _cpu_s(self.process.pid) if self.behind is None else self.total_cpu_s() + self.behind.front_cpu_s()
+        """CPU seconds so far of the process that speaks HTTP."""
+        return _cpu_s(self.process.pid)
 
     def total_cpu_s(self) -> float:
         """CPU seconds so far of all its processes."""

@@ -22,7 +22,7 @@ from platformdirs import user_cache_path
 from benchmarks.comparison import say
 from benchmarks.contenders import MODEL_NAME, Contender, ContenderFailed, free_port, spawned
 
-VERSION: Final = "1.109.1"
+VERSION: Final = "1.102.4"
 _KEY: Final = "sk-benchmark-0123456789abcdef"
 _COMPLETE: Final = "complete"
 # Of the caller's own environment: these would give the proxy a database, a cache, callbacks or other defaults.
@@ -57,8 +57,9 @@ def proxied(upstream: Contender, workers: int) -> Iterator[Contender]:
         config, log_file, port = Path(folder) / "config.yaml", Path(folder) / "log", free_port()
         config.write_text(json.dumps(_config(upstream)), encoding="utf-8")  # JSON is YAML as well
         command = [str(script), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--num_workers", str(workers), "--telemetry", "False"]
         started_s = time.perf_counter()
-        process = spawned([*command, "--num_workers", str(workers)], log_file, _surroundings())
+        process = spawned(command, log_file, _surroundings())
         contender = Contender(
             name=f"litellm + {upstream.name}",
             url=f"http://127.0.0.1:{port}",
@@ -68,7 +69,6 @@ def proxied(upstream: Contender, workers: int) -> Iterator[Contender]:
             live_path="/health/liveliness",
             ready_path="/health/readiness",
             key=_KEY,
-            behind=upstream,
         )
         try:
             yield contender
@@ -81,7 +81,7 @@ def _config(upstream: Contender) -> dict[str, Any]:
     model = {"model": f"hosted_vllm/{MODEL_NAME}", "api_base": f"{upstream.url}/v1", "api_key": "none"}
     return {
         "model_list": [{"model_name": MODEL_NAME, "litellm_params": model}],
-        "litellm_settings": {"telemetry": False, "set_verbose": False, "request_timeout": 600, "num_retries": 0},
+        "litellm_settings": {"set_verbose": False, "request_timeout": 600, "num_retries": 0},
         "general_settings": {"master_key": _KEY},
     }
 

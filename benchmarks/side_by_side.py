@@ -5,10 +5,13 @@ two engines; the prompts of its turns are others, since that engine's prefix cac
 """
 
 import asyncio
+import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -16,8 +19,8 @@ import click
 from benchmarks import litellm_proxy, load
 from benchmarks.command import embedded_model
 from benchmarks.comparison import Metric, machine, say
-from benchmarks.contenders import MODEL_NAME, PLAIN, TIDEGATE, Contender, ContenderFailed, shown_settings, started
-from benchmarks.front_end import SATURATED_STEPS_PER_S, Measured, Work, instant
+from benchmarks.contenders import MODEL_NAME, PLAIN, TIDEGATE, Contender, ContenderFailed, Kind, shown_settings, started
+from benchmarks.front_end import SATURATED_STEPS_PER_S, Work, instant
 from benchmarks.load import Load
 from benchmarks.side_by_side_report import Block, SideBySide, Turn
 
@@ -31,6 +34,13 @@ _TOTAL: Final = Metric("total_p50_ms", "answer p50, ms", "lower")
 _CPU: Final = Metric("front_cpu_us_per_token", "front-end µs CPU/token", "lower")
 _STREAMS: Final = (_TOKENS, _TTFT, _ITL, _ITL_TAIL, _CPU)
 _OTHER_PROMPTS: Final = 10**6
+_KEY: Final = "tg-benchmark-0123456789abcdef"
+# Limits that are counted with each request and never met.
+_TENANT: Final = f"""
+[tenants.bench]
+keys = [{{ sha256 = "{hashlib.sha256(_KEY.encode()).hexdigest()}" }}]
+limits = {{ requests_per_minute = 10_000_000, tokens_per_minute = 1_000_000_000, concurrency = 10_000 }}
+"""
 _NOTE: Final = (
     "Medians of all rounds; intervals hold the true median of the ratios with at least 90% confidence. ↑ higher is "
     "better, ↓ lower is better. The front-end of LiteLLM is the proxy and vLLM's own together."
@@ -39,11 +49,11 @@ _NOTE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
-    """Who takes part. `cpu_s`: CPU seconds of its front-end so far."""
+    """Who takes part. `cpu_s`: CPU seconds of its front-end so far. `other_prompts` is added to its turns' seeds."""
 
     contender: Contender
     cpu_s: Callable[[], float]
-    other_prompts: int
+    other_prompts: int = 0
 
 
 def engine_works(*, quick: bool) -> list[Work]:
@@ -71,20 +81,26 @@ def instant_works(*, quick: bool) -> list[Work]:
 @contextmanager
 def _entrants(model: str, flags: Sequence[str], workers: int, *, no_engine: bool) -> Iterator[list[Entrant]]:
     with ExitStack() as stack:
-        if no_engine:
-            plain = stack.enter_context(instant(PLAIN, model, SATURATED_STEPS_PER_S, flags))
-            ours = stack.enter_context(instant(TIDEGATE, model, SATURATED_STEPS_PER_S, flags))
-            proxy = Measured(stack.enter_context(litellm_proxy.proxied(plain.contender, workers)), plain.cost_file)
-            entrants = [Entrant(one.contender, one.cpu_s, 0) for one in (plain, proxy, ours)]
-        else:
-            servers = [stack.enter_context(started(kind, model, flags)) for kind in (PLAIN, TIDEGATE)]
-            servers.insert(1, stack.enter_context(litellm_proxy.proxied(servers[0], workers)))
-            entrants = [Entrant(one, one.front_cpu_s, 0) for one in servers]
-        entrants[1] = replace(entrants[1], other_prompts=_OTHER_PROMPTS)
+        tenants = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-"))) / "tenants.toml"
+        tenants.write_text(_TENANT, encoding="utf-8")
+
+        def serving(kind: Kind, given: Sequence[str]) -> Entrant:
+            if no_engine:
+                measured = stack.enter_context(instant(kind, model, SATURATED_STEPS_PER_S, given))
+                return Entrant(measured.contender, measured.cpu_s)
+            contender = stack.enter_context(started(kind, model, given))
+            return Entrant(contender, contender.front_cpu_s)
+
+        plain, ours = serving(PLAIN, flags), serving(TIDEGATE, [*flags, "--tenants-file", str(tenants)])
+        proxy = stack.enter_context(litellm_proxy.proxied(plain.contender, workers))
+        entrants = [
+            plain,
+            Entrant(proxy, lambda: proxy.total_cpu_s() + plain.cpu_s(), _OTHER_PROMPTS),
+            replace(ours, contender=replace(ours.contender, key=_KEY)),
+        ]
         for entrant in entrants:
-            say(
-                f"{entrant.contender.name} ready after {entrant.contender.wait_until_ready():.1f} s (all were starting)"
-            )
+            ready_s = entrant.contender.wait_until_ready()
+            say(f"{entrant.contender.name} ready after {ready_s:.1f} s (all were starting)")
         yield entrants
 
 

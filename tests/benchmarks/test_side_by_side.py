@@ -68,7 +68,7 @@ def test_the_proxy_starts_in_front_of_the_server_and_without_the_callers_databas
     with litellm_proxy.proxied(upstream, workers=2) as proxy:
         while not (arguments := script.with_suffix(".arguments")).exists() or not arguments.read_text():
             assert proxy.process.poll() is None
-        assert proxy.behind is upstream
+        assert proxy.name == "litellm + plain"
     assert "DATABASE_URL" not in script.with_suffix(".env").read_text()
     assert "--num_workers 2" in arguments.read_text()
     (model,) = json.loads(script.with_suffix(".config").read_text())["model_list"]
