@@ -114,7 +114,7 @@ def instant(kind: Kind, model: str, steps_per_s: int, flags: Sequence[str]) -> I
             instant_engine.COST_FILE_ENV: str(cost_file),
             instant_engine.STEPS_PER_S_ENV: str(steps_per_s),
         }
-        with _environment(variables), started(replace(kind, command=_command(kind)), model, flags) as contender:
+        with variables_set(variables), started(replace(kind, command=_command(kind)), model, flags) as contender:
             yield Measured(contender, cost_file)
 
 
@@ -128,7 +128,8 @@ def _command(kind: Kind) -> Command:
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Inside it, servers that are started have these environment variables."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

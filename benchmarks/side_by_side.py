@@ -20,7 +20,7 @@ from benchmarks import litellm_proxy, load
 from benchmarks.command import embedded_model
 from benchmarks.comparison import Metric, machine, say
 from benchmarks.contenders import MODEL_NAME, PLAIN, TIDEGATE, Contender, ContenderFailed, Kind, shown_settings, started
-from benchmarks.front_end import SATURATED_STEPS_PER_S, Work, instant
+from benchmarks.front_end import SATURATED_STEPS_PER_S, Work, instant, variables_set
 from benchmarks.load import Load
 from benchmarks.side_by_side_report import Block, SideBySide, Turn
 
@@ -34,6 +34,9 @@ _TOTAL: Final = Metric("total_p50_ms", "answer p50, ms", "lower")
 _CPU: Final = Metric("front_cpu_us_per_token", "front-end µs CPU/token", "lower")
 _STREAMS: Final = (_TOKENS, _TTFT, _ITL, _ITL_TAIL, _CPU)
 _OTHER_PROMPTS: Final = 10**6
+# vLLM closes a connection that rests for 5 s, and the proxy then fails now and then: it takes an old connection for a
+# good one, and when it is saturated it is still reading an answer that vLLM has long sent.
+_PATIENT: Final = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
 _KEY: Final = "tg-benchmark-0123456789abcdef"
 # Limits that are counted with each request and never met.
 _TENANT: Final = f"""
@@ -80,7 +83,7 @@ def instant_works(*, quick: bool) -> list[Work]:
 
 @contextmanager
 def _entrants(model: str, flags: Sequence[str], workers: int, *, no_engine: bool) -> Iterator[list[Entrant]]:
-    with ExitStack() as stack:
+    with ExitStack() as stack, variables_set(_PATIENT):
         tenants = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-"))) / "tenants.toml"
         tenants.write_text(_TENANT, encoding="utf-8")
 
@@ -152,7 +155,7 @@ def command(
     except ContenderFailed as failure:
         raise click.ClickException(str(failure)) from failure
     settings: dict[str, Any] = {
-        **shown_settings(model, flags), "rounds": rounds, "instant_engine": no_engine, "litellm_workers": workers,
+        **shown_settings(model, flags), **_PATIENT, "rounds": rounds, "instant_engine": no_engine, "litellm_workers": workers,
     }  # fmt: skip
     result = SideBySide(
         [entrant.contender.name for entrant in entrants], blocks, settings,
