@@ -155,7 +155,8 @@ def command(
     except ContenderFailed as failure:
         raise click.ClickException(str(failure)) from failure
     settings: dict[str, Any] = {
-        **shown_settings(model, flags), **_PATIENT, "rounds": rounds, "instant_engine": no_engine, "litellm_workers": workers,
+        **shown_settings(model, flags), **_PATIENT, "rounds": rounds, "instant_engine": no_engine,
+        "litellm_workers": workers,
     }  # fmt: skip
     result = SideBySide(
         [entrant.contender.name for entrant in entrants], blocks, settings,
