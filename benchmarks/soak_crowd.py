@@ -60,7 +60,7 @@ class Crowd:
         tasks = next(float(line.split()[1]) for line in page.splitlines() if line.startswith(_TASKS))
         self.samples.append(Sample(over, time.perf_counter(), int(tasks), holdings(self._contender)))
         if len(self.samples) % (_SAMPLES // 10) == 1:
-            say(f"{over:,} of {self._requests:,} requests: {self.samples[-1]}")
+            say(f"{over:,} of {self._requests:,} requests: {tasks:g} tasks, {self.samples[-1].held}")
 
 
 async def outcome_of(session: aiohttp.ClientSession, ask: Ask) -> str:
