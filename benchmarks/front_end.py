@@ -29,6 +29,8 @@ _REQUEST_CPU: Final = Metric("cpu_us_per_request", "front-end µs CPU/request", 
 _STREAM_METRICS: Final = (_CPU, _TTFT_P50, _TTFT_P99)
 _ANSWER_METRICS: Final = (_REQUESTS, _REQUEST_CPU)
 SATURATED_STEPS_PER_S: Final = 100_000
+# Every stream runs: how many at a time an engine takes is not the front-end's matter.
+_ENGINE_FLAGS: Final = ("--max-num-seqs", "1024")
 
 Command = Callable[[str, int, Sequence[str]], list[str]]
 
@@ -85,7 +87,7 @@ def command(model: str | None, quick: bool, pairs: int, noise: bool, as_json: bo
                 measured.contender.wait_until_ready()
             for work in works:
                 rows += _measure(work, ours, theirs, pairs)
-    settings = {**shown_settings(model, ()), "tidegate_flags": flags, "pairs": pairs}
+    settings = {**shown_settings(model, _ENGINE_FLAGS), "tidegate_flags": flags, "pairs": pairs}
     note = "The engine's stand-in is not counted. Its steps: 25 a second, or as many as there are tokens to take."
     comparison = Comparison((first.name, PLAIN.name), settings, rows, [note])
     comparison.print()
@@ -114,7 +116,10 @@ def instant(kind: Kind, model: str, steps_per_s: int, flags: Sequence[str]) -> I
             instant_engine.COST_FILE_ENV: str(cost_file),
             instant_engine.STEPS_PER_S_ENV: str(steps_per_s),
         }
-        with variables_set(variables), started(replace(kind, command=_command(kind)), model, flags) as contender:
+        with (
+            variables_set(variables),
+            started(replace(kind, command=_command(kind)), model, (*_ENGINE_FLAGS, *flags)) as contender,
+        ):
             yield Measured(contender, cost_file)
 
 

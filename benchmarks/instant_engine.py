@@ -2,7 +2,8 @@
 
 `python -m benchmarks.instant_engine plain|tidegate ARGS` runs that server with a stand-in below vLLM's `AsyncLLM`. It
 takes the place of the client that talks to the engine's process. Every step gives each running request one token,
-through vLLM's real message encoding; everything above is what it always is. The CPU that the stand-in itself uses is
+through vLLM's real message encoding; everything above is what it always is. As in an engine, `--max-num-seqs` of them
+run at a time, and the others wait. The CPU that the stand-in itself uses is
 written to the file that `INSTANT_ENGINE_COST` names, so that a benchmark can take it off.
 """
 
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -59,8 +61,9 @@ class InstantEngine:
         cache.kv_cache_size_tokens = _BLOCKS * (cache.block_size or 16)
         self.engine_ranks_managed = [0]
         self.resources = SimpleNamespace(engine_dead=False, engine_manager=None, coordinator=None)
+        self._max_running = vllm_config.scheduler_config.max_num_seqs
         self._step_s = 1 / float(os.environ.get(STEPS_PER_S_ENV, "25"))
-        self._running: dict[str, _Running] = {}
+        self._requests: dict[str, _Running] = {}  # in the order of arrival
         self._arrived = asyncio.Event()
         self._next_step_s = 0.0
         self._encoder, self._decoder = MsgpackEncoder(), MsgpackDecoder(EngineCoreOutputs)
@@ -78,17 +81,17 @@ class InstantEngine:
         params = request.sampling_params
         assert params is not None
         max_tokens = params.max_tokens or 1
-        self._running[request.request_id] = _Running(
+        self._requests[request.request_id] = _Running(
             request.request_id, len(request.prompt_token_ids or ()), max_tokens
         )
         self._arrived.set()
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            self._running.pop(request_id, None)
+            self._requests.pop(request_id, None)
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        while not self._running:
+        while not self._requests:
             self._arrived.clear()
             await self._arrived.wait()
         now_s = time.monotonic()
@@ -101,11 +104,15 @@ class InstantEngine:
         return outputs
 
     def _step(self) -> EngineCoreOutputs:
-        stats = SchedulerStats(num_running_reqs=len(self._running), kv_cache_usage=len(self._running) / _BLOCKS)
-        outputs = [self._token(running) for running in self._running.values()]
+        outputs = [self._token(running) for running in islice(self._requests.values(), self._max_running)]
+        stats = SchedulerStats(
+            num_running_reqs=len(outputs),
+            num_waiting_reqs=len(self._requests) - len(outputs),
+            kv_cache_usage=len(outputs) / _BLOCKS,
+        )
         finished = {output.request_id for output in outputs if output.finish_reason is not None}
         for request_id in finished:
-            del self._running[request_id]
+            del self._requests[request_id]
         return EngineCoreOutputs(outputs=outputs, scheduler_stats=stats, finished_requests=finished or None)
 
     def _token(self, running: _Running) -> EngineCoreOutput:

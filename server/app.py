@@ -123,10 +123,10 @@ def _mount_model(api: DocumentedApi, settings: Settings, parts: Parts, versions:
     """The routes that use the model."""
     doors, service = parts.doors, parts.service
     limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s, settings.slow_reader_timeout_s)
-    api.include_router(_status(service, versions, parts.figures))
     api.include_router(
         operations_router(service, limits, doors.callers, doors.edge, developer_routes=settings.developer_routes)
     )
+    api.include_router(_status(service, versions, parts.figures))
     api.include_router(ollama_router(service, limits, doors.callers, doors.edge))
 
 

@@ -100,7 +100,7 @@ class OwnedResponse(Response):
             route=self._route,
             headers=tuple(request.scope["headers"]),
             path_params=request.path_params,
-            query=dict(request.query_params),
+            query=dict(request.query_params) if request.scope["query_string"] else {},
             body=body,
         )
 

@@ -5,9 +5,11 @@ Counts are kept in memory for each client address, and start anew with each minu
 
 import hashlib
 import ipaddress
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from cachetools import LRUCache
@@ -23,6 +25,7 @@ _REMEMBERED_LOGINS: Final = 20_000
 # Who has one IPv6 address has at least 2^64 of them.
 _IPV6_PREFIX: Final = 64
 _LOCAL: Final = "local"
+_WINDOW_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Edge:
         self._limiter = Limiter(key_func=client_address, strategy="fixed-window", storage_uri="memory://")
         self._logins = RateLimitItemPerMinute(limits.failed_logins)
         self._worked: LRUCache[tuple[str, bytes], bool] = LRUCache(_REMEMBERED_LOGINS)
+        self._failures_end_s = -math.inf  # on the clock of `time.monotonic`
         self.model_list = self._guard(limits.model_lists, "model lists")
         self.operator_request = self._guard(limits.operator_requests, "operator requests")
 
@@ -50,16 +54,19 @@ class Edge:
         A key that has worked from there passes: one program with a wrong key must not lock out its neighbours behind
         the same proxy.
         """
-        address = client_address(request)
-        if self._limiter.limiter.test(self._logins, _FAILED_LOGINS, address):
+        if time.monotonic() > self._failures_end_s:
             return
-        if (address, _fingerprint(key)) not in self._worked:
+        address = client_address(request)
+        if (address, _fingerprint(key)) in self._worked:
+            return
+        if not self._limiter.limiter.test(self._logins, _FAILED_LOGINS, address):
             raise self._too_many("failed logins", self._logins, _FAILED_LOGINS, address)
 
     def login_worked(self, request: Request, key: str) -> None:
         self._worked[client_address(request), _fingerprint(key)] = True
 
     def login_failed(self, request: Request) -> None:
+        self._failures_end_s = time.monotonic() + _WINDOW_S
         self._limiter.limiter.hit(self._logins, _FAILED_LOGINS, client_address(request))
 
     def _guard(self, per_minute: int, what: str) -> Callable[[Request], Awaitable[None]]:
@@ -89,12 +96,16 @@ class Edge:
 
 def client_address(request: Request) -> str:
     """The address that counts as one client: IPv4 as it is, of IPv6 the network."""
-    if request.client is None or not request.client.host:
-        return _LOCAL
+    client = request.client
+    return _LOCAL if client is None or not client.host else _network(client.host)
+
+
+@lru_cache(_REMEMBERED_LOGINS)
+def _network(host: str) -> str:
     try:
-        address = ipaddress.ip_address(request.client.host)
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return request.client.host
+        return host
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
         return str(ipaddress.IPv6Network((int(address), _IPV6_PREFIX), strict=False))
     return str(getattr(address, "ipv4_mapped", None) or address)

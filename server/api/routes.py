@@ -1,11 +1,12 @@
 """The routes that exist. They are an allow-list: an endpoint of vLLM that is not named here cannot be reached."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
 from server.api.answer import OwnedResponse, WireLimits
 from server.api.auth import Callers
@@ -73,23 +74,42 @@ DEVELOPER_ROUTES: Final = (
 )
 
 
+class _DirectRoute(APIRoute):
+    """A route whose endpoint takes the request and gives the response, so that FastAPI has nothing to solve for it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
+
+
 def operations_router(
     service: Service, limits: WireLimits, callers: Callers, edge: Edge, *, developer_routes: bool
 ) -> APIRouter:
     """Routes answered by the engine."""
     router = APIRouter()
-    listing = [Depends(edge.model_list), Depends(callers)]
+
+    def endpoint(route: Route) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            if route.path == MODELS_ROUTE:
+                await edge.model_list(request)
+            await callers(request)
+            if route.operators and request.state.tenant not in (ANYONE, OPERATOR):
+                raise OperatorsOnly(f"{route.method} {route.path} is for the operator of this server.")
+            return OwnedResponse(service, limits, request, route.path, route.dialect)
+
+        return answer
+
     for route in OPERATION_ROUTES + (DEVELOPER_ROUTES if developer_routes else ()):
         router.add_api_route(
             route.path,
-            _endpoint(service, limits, route),
+            endpoint(route),
             methods=[route.method],
             response_class=Response,
             name=f"{route.method} {route.path}",
-            dependencies=listing if route.path == MODELS_ROUTE else [Depends(callers)],
+            route_class_override=_DirectRoute,
         )
 
-    @router.get("/v1/models/{model_id:path}", dependencies=listing)
+    @router.get("/v1/models/{model_id:path}", dependencies=[Depends(edge.model_list), Depends(callers)])
     async def model(model_id: str, request: Request) -> Any:
         """One model's card, as in the list."""
         cards = await service.model_cards(request.state.tenant)
@@ -100,15 +120,6 @@ def operations_router(
         raise ModelNotFound(f"The model `{model_id}` does not exist. Served here: {names}.", param="model")
 
     return router
-
-
-def _endpoint(service: Service, limits: WireLimits, route: Route) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        if route.operators and request.state.tenant not in (ANYONE, OPERATOR):
-            raise OperatorsOnly(f"{route.method} {route.path} is for the operator of this server.")
-        return OwnedResponse(service, limits, request, route.path, route.dialect)
-
-    return endpoint
 
 
 def status_router(service: Service, versions: dict[str, str], metrics_page: Callable[[], Response]) -> APIRouter:

@@ -38,13 +38,13 @@ Outputs = Sequence[tuple[int, CompletionOutput]]
 class Shape(Generic[Item]):
     """How one endpoint writes: the key in front of the text, how many frames open a stream, what an item holds.
 
-    `wrapped`: an engine request's output as an item; None where the items come from several engine requests.
+    `one_engine_request`: all items come from the same one.
     """
 
     text_key: str
     opening_frames: int
     outputs: Callable[[Item], Outputs]
-    wrapped: Callable[[RequestOutput], Item] | None
+    one_engine_request: bool
 
 
 @dataclass(slots=True)
@@ -55,13 +55,13 @@ class _Choice:
     after: str
     unseen: list[int] = field(default_factory=list)
 
-    def framed(self, output: CompletionOutput) -> str:
-        return f"{self.before}{encode_basestring(output.text)}{self.after}"
+    def framed(self, text: str) -> str:
+        return f"{self.before}{encode_basestring(text)}{self.after}"
 
     def frame(self, output: CompletionOutput) -> str:
         """The frame, which vLLM's generator will not see the tokens of."""
         self.unseen += output.token_ids
-        return self.framed(output)
+        return self.framed(output.text)
 
 
 class _Feed(Generic[Item]):
@@ -131,7 +131,7 @@ class SplicedFrames(Generic[Item]):
 
     def flow_to(self, write: Write) -> None:
         """See `DirectFrames`."""
-        if self._shape.wrapped is not None:
+        if self._shape.one_engine_request:
             self._write = write
 
     async def _spliced(self, vllm_frames: Callable[[AsyncIterator[Item]], Frames]) -> Frames:
@@ -163,26 +163,23 @@ class SplicedFrames(Generic[Item]):
 
     def _opened(self) -> bool:
         """Open the shortcut, once there is somewhere to write to."""
-        if self._write is None or (progress := progress_here()) is None or (collector := progress.collector) is None:
+        if self._write is None or (progress := progress_here()) is None or not progress.states:
             return False
-        open_shortcut(collector, self._deliver)
+        open_shortcut(progress.states, self._deliver)
         return True
 
-    def _deliver(self, result: RequestOutput) -> Delivered | None:
-        """Write what an output becomes, if that is plain. The task waits meanwhile, so the frames keep their order."""
-        write, wrapped = self._write, self._shape.wrapped
-        assert write is not None
-        assert wrapped is not None
-        outputs = self._shape.outputs(wrapped(result))
-        if self._feed.ran_dry or len(outputs) != 1 or not self._is_plain(outputs):
+    def _deliver(self, index: int, text: str, token_ids: Sequence[int]) -> Delivered | None:
+        """Write what a text becomes, if that is plain. The task waits meanwhile, so the frames keep their order."""
+        feed, write = self._feed, self._write
+        choice = feed.choices.get(index)
+        if choice is None or feed.ran_dry:
             return None
-        ((index, output),) = outputs
-        choice = self._feed.choices[index]
+        assert write is not None
         try:
-            rest = write(choice.framed(output))
+            rest = write(choice.framed(text))
         except Exception:  # noqa: BLE001  # it is met again where the frame is sent the long way
             return None
-        choice.unseen += output.token_ids
+        choice.unseen += token_ids
         return DELIVERED if rest is None else Delivered(rest)
 
 
@@ -236,7 +233,7 @@ def splice_chat(chat: OpenAIServingChat, parses: Callable[[ChatCompletionRequest
             _CHAT_TEXT,
             request.n or 1,
             lambda item: [(output.index, output) for output in item.outputs],
-            wrapped=lambda output: output,
+            one_engine_request=True,
         )
         return SplicedFrames(result_generator, vllm_frames, shape)
 
@@ -278,7 +275,7 @@ def splice_completions(completions: OpenAIServingCompletion) -> None:
             _COMPLETION_TEXT,
             0,
             lambda item: [(output.index + item[0] * choices, output) for output in item[1].outputs],
-            wrapped=None if num_prompts > 1 else lambda output: (0, output),
+            one_engine_request=num_prompts == 1,
         )
         return SplicedFrames(result_generator, vllm_frames, shape)
 

@@ -7,7 +7,7 @@ figures are exact at any moment and cost nothing per token.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -45,9 +45,9 @@ class Progress:
         return min((state.num_cached_tokens for state in self._states if not state.is_prefilling), default=0)
 
     @property
-    def collector(self) -> RequestOutputCollector | None:
-        """Where the request's task takes its outputs from; all of its choices share one."""
-        return self._states[0].queue if self._states else None
+    def states(self) -> Sequence[RequestState]:
+        """vLLM's states of its choices."""
+        return self._states
 
     def restart(self) -> None:
         """Forget what was consumed: the request is run again from its beginning."""

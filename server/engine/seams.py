@@ -39,6 +39,7 @@ from server.engine.conversations import (
     without_token_slicing,
 )
 from server.engine.counting import MessageCounter, Overheads, length_or_none, measure_overheads
+from server.engine.near_work import do_short_work_near, is_short, short_work
 from server.engine.progress import Progress, follow_requests, followed
 from server.engine.thinking import Spot, spots_left_out
 from server.policy.forecast import Step
@@ -124,16 +125,18 @@ class SeamedRenderer(OnlineRenderer):
         parent = super().preprocess_chat
 
         async def render(kept: list[Any]) -> Rendered:
-            return await parent(
-                request,
-                kept,
-                default_template=default_template,
-                default_template_content_format=default_template_content_format,
-                default_template_kwargs=default_template_kwargs,
-                tool_dicts=tool_dicts,
-                parser=parser,
-                skip_mm_cache=skip_mm_cache,
-            )
+            own_template = getattr(request, "chat_template", None) is not None
+            with short_work(not tool_dicts and not own_template and is_short(kept)):
+                return await parent(
+                    request,
+                    kept,
+                    default_template=default_template,
+                    default_template_content_format=default_template_content_format,
+                    default_template_kwargs=default_template_kwargs,
+                    tool_dicts=tool_dicts,
+                    parser=parser,
+                    skip_mm_cache=skip_mm_cache,
+                )
 
         def chat_params(with_tools: bool) -> ChatParams:
             params = request.build_chat_params(default_template, default_template_content_format)
@@ -209,6 +212,7 @@ async def open_renderer_seam(renderer: OnlineRenderer, seams: Seams, count_cache
     """
     renderer.__class__ = SeamedRenderer
     assert isinstance(renderer, SeamedRenderer)
+    do_short_work_near(renderer.renderer)
     renderer.seams = seams
     renderer.counter = MessageCounter(renderer.renderer.tokenizer, count_cache_entries)
     renderer.tool_tokens = LRUCache(_TOOL_SETS_REMEMBERED)

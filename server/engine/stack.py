@@ -32,6 +32,7 @@ from server.engine.arguments import EngineArguments, complete_arguments, parse_a
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.engine.figures import EngineFigures, capacity_of, measure_unloaded
 from server.engine.fork_server import ForkServer, engines_forked
+from server.engine.latencies import StepwisePrometheusLogger
 from server.engine.operations import Operation, OperationKey, collect_operations
 from server.engine.plain_streams import splice_chat, splice_completions
 from server.engine.processes import EngineFamily, pids_of
@@ -248,7 +249,7 @@ def _start_engine(args: Namespace, seams: Seams, fork_server: ForkServer | None)
         engine = SeamedEngine.from_vllm_config(
             vllm_config=config,
             usage_context=UsageContext.OPENAI_API_SERVER,
-            stat_loggers=[StepCounter, EngineFigures(seams.stepped).logger],
+            stat_loggers=[StepCounter, EngineFigures(seams.stepped).logger, StepwisePrometheusLogger],
             enable_log_requests=engine_args.enable_log_requests,
             aggregate_engine_logging=engine_args.aggregate_engine_logging,
             disable_log_stats=engine_args.disable_log_stats,

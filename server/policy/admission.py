@@ -102,6 +102,8 @@ class Admission:
         if self.capacity is None:
             return 0.0
         traffic_class = terms.traffic_class
+        if self._is_calm(traffic_class, ask):
+            return self._own_s(ask)
         ahead = self.backlog.ahead_of(traffic_class, tenant, terms.priority)
         favoured = self._is_favoured(traffic_class, tenant)
         room = room_for(traffic_class, self._cap_for(traffic_class).soon, self.capacity, favoured=favoured)
@@ -121,6 +123,13 @@ class Admission:
         ahead_s = ahead.prompt_tokens / rate if rate else 0.0
         return max(wait_s, ahead_s) + self._own_s(ask)
 
+    def _is_calm(self, traffic_class: TrafficClass, ask: Ask) -> bool:
+        """Whether nobody waits, and half of every class's room is free beside this one: nothing is to be worked out."""
+        if self.capacity is None or len(self.backlog) or traffic_class == "batch":
+            return False
+        tokens = self._promised() + (ask.prompt_tokens + ask.max_tokens + self.capacity.block_tokens) * ask.sequences
+        return 2 * (self.ledger.sequences + ask.sequences) <= self.cap.soon and 2 * tokens <= self.capacity.kv_tokens
+
     def patience_s(self, terms: Terms, ask: Ask) -> float:
         """Seconds that a request may take to its first token."""
         if terms.timeout_s is not None:
@@ -139,14 +148,15 @@ class Admission:
 
         One that nothing stands before is welcome, unless the client has less patience; so is one that nobody waits for.
         """
+        return self._too_late(terms, ask, waited_s, self.forecast(terms, tenant, ask, now_s))
+
+    def _too_late(self, terms: Terms, ask: Ask, waited_s: float, wait_s: float) -> Shed | None:
         if terms.offline:
             return None
-        wait_s = self.forecast(terms, tenant, ask, now_s)
         patience_s = self.patience_s(terms, ask)
         nothing_before = wait_s <= self._own_s(ask)
-        if waited_s + wait_s <= (1.0 if nothing_before else _DEADLINE_SHARE) * patience_s:
-            return None
-        if nothing_before and terms.timeout_s is None:
+        in_time = waited_s + wait_s <= (1.0 if nothing_before else _DEADLINE_SHARE) * patience_s
+        if in_time or (nothing_before and terms.timeout_s is None):
             return None
         slo_s = self.objectives.ttft(terms.traffic_class, self.unloaded)
         return Shed(wait_s, patience_s, hopeless=wait_s > _HOPELESS * slo_s)
@@ -157,10 +167,10 @@ class Admission:
         if not terms.offline:
             self._last_online_s = now_s
         self.backlog.welcome(tenant)
-        if (shed := self.refuses(terms, tenant, ask, now_s - arrived_s, now_s)) is not None:
+        wait_s = self.forecast(terms, tenant, ask, now_s)
+        if (shed := self._too_late(terms, ask, now_s - arrived_s, wait_s)) is not None:
             return shed
         ahead = self.backlog.ahead_of(terms.traffic_class, tenant, terms.priority)
-        wait_s = self.forecast(terms, tenant, ask, now_s)
         self._numbers += 1
         ticket = Ticket(
             tenant=tenant,

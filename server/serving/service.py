@@ -213,7 +213,7 @@ class Service:
         """Settle how the request waits, and refuse it before any work on it if it would wait too long."""
         timeout = next((value for name, value in call.headers if name == _TIMEOUT_HEADER), None)
         asked = terms_of(body, None if timeout is None else timeout.decode("latin-1"), request.tenant.traffic_class)
-        request.terms = replace(asked, offline=request.of_batch)
+        request.terms = replace(asked, offline=True) if request.of_batch else asked
         self._gate.knock(request, least_prompt_tokens(body, stack.max_model_len))
 
     def _ruled(self, call: Call, body: dict[str, Any], stack: Stack, request: OpenRequest) -> dict[str, Any]:

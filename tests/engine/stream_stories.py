@@ -37,6 +37,7 @@ async def _results(story: Story) -> AsyncGenerator[RequestOutput, None]:
             outputs=copy.deepcopy(list(outputs)),
             finished=number == len(story.items) - 1,
             num_cached_tokens=story.cached_tokens,
+            num_cache_creation_tokens=0,
         )
     if story.failure is not None:
         raise RuntimeError(story.failure)

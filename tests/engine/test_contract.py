@@ -145,13 +145,37 @@ def test_vllm_calls_generate_without_awaiting_it() -> None:
 
 
 def test_outputs_are_handed_over_in_a_collector_that_its_task_waits_in() -> None:
-    """What the shortcut stands on: `put` in the engine's loop, and `get` once nothing is left to take at once."""
+    """What the shortcut stands on: a sequence's state makes an output, or none, and its task waits in `get`."""
     assert _parameters(RequestOutputCollector.put) == ["output"]
+    assert _parameters(RequestState.make_request_output)[:3] == ["new_token_ids", "pooling_output", "finish_reason"]
+    assert "if request_output := req_state.make_request_output(" in inspect.getsource(OutputProcessor.process_outputs)
     collector = RequestOutputCollector(RequestOutputKind.DELTA, "id")
     assert (collector.output, collector.ready.is_set()) == (None, False)
     assert "q.get_nowait() or await q.get()" in inspect.getsource(AsyncLLM.generate)
     assert "queue.put(request_output)" in inspect.getsource(OutputProcessor.process_outputs)
     assert "queue" in _parameters(RequestState.__init__)
+
+
+def test_short_work_can_be_kept_from_the_renderers_thread() -> None:
+    """Whoever works in the thread was bound to this one executor, and vLLM replaces only what is inside it."""
+    from vllm.renderers.base import BaseRenderer, _SwappableExecutor
+    from vllm.renderers.hf import HfRenderer
+
+    made = inspect.getsource(BaseRenderer.__init__)
+    assert "self._executor = _SwappableExecutor(" in made
+    assert "self._tokenize_prompt, executor=self._executor" in made
+    assert "executor=self._executor" in inspect.getsource(HfRenderer.__init__)
+    assert _parameters(_SwappableExecutor.submit) == ["fn", "args", "kwargs"]
+
+
+def test_a_logger_of_ours_takes_the_place_of_vllms_prometheus_logger() -> None:
+    """vLLM makes none of its own then. The latencies of a step are a list, observed in one histogram per engine."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+
+    assert "isinstance(global_stat_logger, PrometheusStatLogger)" in inspect.getsource(StatLoggerManager.__init__)
+    told = inspect.getsource(PrometheusStatLogger.record)
+    assert "for itl in iteration_stats.inter_token_latencies_iter:" in told
+    assert "self.histogram_inter_token_latency[engine_idx].observe(itl)" in told
 
 
 def test_a_steps_statistics_have_the_figures_that_the_gate_is_steered_by() -> None:

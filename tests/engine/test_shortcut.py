@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +14,15 @@ from hypothesis import strategies as st
 from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from server.engine.calls import DirectFrames, Frame
 from server.engine.plain_streams import splice_chat
-from server.engine.progress import Progress, followed
+from server.engine.progress import Progress, follow_requests, followed
 from tests.engine.stream_stories import Chat, Story, chat_frames, stories, words
 
 pytestmark = pytest.mark.engine
@@ -59,33 +61,67 @@ class Connection:
             await self.room.wait()
 
 
-class Engine:
-    """The engine's side of one request: what `AsyncLLM.generate` does with its collector."""
+class Script(IncrementalDetokenizer):
+    """Instead of a tokenizer: the text of a sequence's tokens, as the story has it."""
 
-    def __init__(self) -> None:
-        self.collector = RequestOutputCollector(RequestOutputKind.DELTA, "r")
+    said = ""
+
+    def get_next_output_text(self, finished: bool, delta: bool) -> str:  # noqa: ARG002  # the names are vLLM's
+        said, self.said = self.said, ""
+        return said
+
+
+class Engine:
+    """The engine's side of one request: vLLM's output processor, and what `AsyncLLM.generate` does around it."""
+
+    def __init__(self, n: int = 1, cached_tokens: int = 0, stream_interval: int = 1) -> None:
+        self._params = SamplingParams(n=n, output_kind=RequestOutputKind.DELTA, detokenize=False)
+        self._cached_tokens = cached_tokens
+        self._processor = OutputProcessor(None, log_stats=False, stream_interval=stream_interval)
+        follow_requests(self._processor)
         self.progress = Progress()
         self.woken = 0
 
-    def outputs(self) -> AsyncGenerator[RequestOutput, None]:
-        self.progress.follow(SimpleNamespace(queue=self.collector))
-        return self._outputs()
+    def put(self, outputs: Sequence[CompletionOutput]) -> None:
+        states = self._processor.request_states
+        made = []
+        for output in outputs:
+            state = states[str(output.index)]
+            assert isinstance(state.detokenizer, Script)
+            state.detokenizer.said += output.text
+            reason = None if output.finish_reason is None else FinishReason[output.finish_reason.upper()]
+            tokens = list(output.token_ids)
+            made.append(
+                EngineCoreOutput(str(output.index), tokens, finish_reason=reason, stop_reason=output.stop_reason)
+            )
+        self._processor.process_outputs(made)
 
-    def put(self, outputs: Sequence[CompletionOutput], *, finished: bool = False, story: Story | None = None) -> None:
-        cached = story.cached_tokens if story else 0
-        prompt = [1, 2, 3]
-        self.collector.put(
-            RequestOutput("r", "prompt", prompt, None, list(outputs), finished, num_cached_tokens=cached)
-        )
+    def fail(self, error: Exception) -> None:
+        self._processor.propagate_error(error)
 
-    async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
+    async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
+        collector = RequestOutputCollector(RequestOutputKind.DELTA, "r")
+        whole = self._request("r", self._params)
+        parent = ParentRequest(whole) if self._params.n > 1 else None
+        for index in range(self._params.n):
+            if parent is not None:
+                parent.child_requests.add(str(index))
+            self._processor.add_request(self._request(str(index), self._params), "prompt", parent, index, collector)
+            state = self._processor.request_states[str(index)]
+            state.detokenizer, state.num_cached_tokens = Script(), self._cached_tokens
         finished = False
         while not finished:
-            output = self.collector.get_nowait() or await self.collector.get()
+            output = collector.get_nowait() or await collector.get()
             assert isinstance(output, RequestOutput)
             self.woken += 1
             finished = output.finished
             yield output
+
+    @staticmethod
+    def _request(request_id: str, params: SamplingParams) -> EngineCoreRequest:
+        request = EngineCoreRequest(request_id, [1, 2, 3], None, params, None, 0.0, None, None, None)
+        request.external_req_id = "r"
+        return request
 
 
 async def _answered(engine: Engine, connection: Connection, request: ChatCompletionRequest) -> None:
@@ -104,14 +140,14 @@ async def _answered(engine: Engine, connection: Connection, request: ChatComplet
 
 
 async def _streamed(story: Story, request: ChatCompletionRequest, connection: Connection) -> Engine:
-    engine = Engine()
+    engine = Engine(story.n, story.cached_tokens)
     answering = asyncio.create_task(_answered(engine, connection, request))
-    for number, outputs in enumerate(story.items):
+    for outputs in story.items:
         await _settled()
-        engine.put(outputs, finished=story.failure is None and number == len(story.items) - 1, story=story)
+        engine.put(outputs)
     await _settled()
     if story.failure is not None:
-        engine.collector.put(RuntimeError(story.failure))
+        engine.fail(RuntimeError(story.failure))
     await asyncio.wait_for(answering, 5)
     return engine
 
@@ -157,11 +193,24 @@ def test_outputs_that_come_while_the_connection_is_full_wait_for_it() -> None:
         assert connection.room is not None
         connection.room.set()
         await _settled()
-        engine.put([CompletionOutput(0, "", [1], None, None, finish_reason="stop")], finished=True)
+        engine.put([CompletionOutput(0, "", [1], None, None, finish_reason="stop")])
         await asyncio.wait_for(answering, 5)
         return _texts(connection)
 
     assert asyncio.run(run()) == ["", "a", "b", "c", "de", ""]
+
+
+def test_several_tokens_to_a_frame_are_vllms_own_matter() -> None:
+    async def run() -> tuple[list[str], int]:
+        engine, connection = Engine(stream_interval=3), Connection()
+        answering = asyncio.create_task(_answered(engine, connection, _request()))
+        for outputs in words(8).items:
+            await _settled()
+            engine.put(outputs)
+        await asyncio.wait_for(answering, 5)
+        return _texts(connection), connection.at_once
+
+    assert asyncio.run(run()) == (["", "word0", "word1word2word3", "word4word5word6", "word7"], 0)
 
 
 def test_a_task_that_is_cancelled_gets_no_more_frames() -> None:

@@ -1,5 +1,7 @@
 """Whatever comes in whatever order: nothing is lost, nothing is counted twice, nobody waits for ever."""
 
+from unittest.mock import patch
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -35,6 +37,12 @@ class AnyOrder(RuleBasedStateMachine):
         if isinstance(verdict, Enqueue):
             self.waiting.add(verdict.ticket)
             assert verdict.position >= 1
+
+    @rule(name=names, tenant=st.sampled_from("abc"), ask=asks)
+    def a_calm_forecast_is_no_other(self, name: TrafficClass, tenant: str, ask: Ask) -> None:
+        quick_s = self.admission.forecast(Terms(name), tenant, ask, self.now_s)
+        with patch.object(Admission, "_is_calm", return_value=False):
+            assert self.admission.forecast(Terms(name), tenant, ask, self.now_s) == quick_s
 
     @rule(tenant=st.sampled_from("abc"), ask=asks)
     def rush(self, tenant: str, ask: Ask) -> None:
