@@ -14,7 +14,7 @@ from benchmarks.comparison import ARROWS, Metric, Row, median_interval
 
 Turn = Mapping[str, float]
 _TABLE_WIDTH: Final = 200
-_TIME: Final = "_ms"
+_ADDED_TO: Final = ("ttft_p50_ms", "total_p50_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class SideBySide:
         """What each way adds to the time of a request that is alone, or among others."""
         for block in self.blocks:
             for metric in block.metrics:
-                if metric.key.endswith(_TIME):
+                if metric.key in _ADDED_TO:
                     plain, litellm, ours = (block.values(one, metric) for one in range(3))
                     yield Added(block.load, metric, _minus(litellm, plain), _minus(ours, plain))
 

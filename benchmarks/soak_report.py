@@ -14,7 +14,7 @@ from benchmarks.holdings import Holdings
 
 _MOST_GROWTH: Final = 0.02
 _MOST_MORE: Final = {"fds": 2, "threads": 2, "children": 0, "tasks": 10}  # these come and go with the requests
-_MEMORY: Final = ("rss_mib", "family_pss_mib")
+_MEMORY: Final = ("rss_mib", "family_anon_mib")
 _PARTS: Final = 10
 _TABLE_WIDTH: Final = 160
 

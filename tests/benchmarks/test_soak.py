@@ -1,4 +1,6 @@
 import asyncio
+import subprocess
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -8,7 +10,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from benchmarks.holdings import Holdings
+from benchmarks.contenders import Contender
+from benchmarks.holdings import Holdings, holdings
 from benchmarks.soak_crowd import outcome_of
 from benchmarks.soak_mix import CHAT_PATH, Ask, Kind, asks, tenants_file
 from benchmarks.soak_report import Sample, Soak
@@ -38,7 +41,7 @@ def test_memory_that_grows_in_the_first_half_only_is_flat() -> None:
 def test_memory_that_grows_by_two_percent_in_the_second_half_is_not() -> None:
     memory = [1000 + number // 2 for number in range(101)]
     found = verdicts(soak(memory, [40] * 101))
-    assert (found["rss_mib"], found["family_pss_mib"], found["fds"]) == ("grows", "grows", "flat")
+    assert (found["rss_mib"], found["family_anon_mib"], found["fds"]) == ("grows", "grows", "flat")
 
 
 def test_one_high_sample_does_not_make_memory_grow() -> None:
@@ -136,3 +139,15 @@ def test_a_refusal_is_its_status_and_a_closed_connection_no_answer() -> None:
 
     assert asyncio.run(asked(ask_for("stranger"), refusing)) == "401"
     assert asyncio.run(asked(ask_for("answer", stream=False), hanging_up)) == "ServerDisconnectedError"
+
+
+def test_a_process_holds_what_it_has_made() -> None:
+    code = "block = 'y' * (64 << 20); print('made', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"made\n"
+        held = holdings(Contender("one", "", process, Path(), 0.0, ""))
+        process.kill()
+    assert 64 <= held.family_anon_mib < 128
+    assert held.rss_mib >= held.family_anon_mib
+    assert (held.threads, held.children) == (1, 0)
