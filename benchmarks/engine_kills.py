@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
@@ -24,6 +23,7 @@ from rich.table import Table
 from benchmarks.command import embedded_model
 from benchmarks.comparison import say
 from benchmarks.contenders import MODEL_NAME, PLAIN, TIDEGATE, Contender, ContenderFailed, Kind, started
+from benchmarks.holdings import Holdings, holdings
 
 _FLAGS: Final = ("--max-num-seqs", "2")
 _PATIENT: Final = ("--ttft-slo", "36000")  # two long answers hold all there is, and nobody is to be refused for that
@@ -34,19 +34,7 @@ _SHORT_TOKENS: Final = 8
 _PROBE_INTERVAL_S: Final = 0.02
 _ROUND_TIMEOUT_S: Final = 300.0
 _EXIT_TIMEOUT_S: Final = 60.0
-_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps it
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=_ROUND_TIMEOUT_S)
-
-
-@dataclass(frozen=True, slots=True)
-class Holdings:
-    """What the server holds when a round is over."""
-
-    rss_mib: int
-    fds: int
-    threads: int
-    children: int
-    shared_memory_files: int
 
 
 @dataclass(slots=True)
@@ -157,7 +145,7 @@ async def _rounds(kind: Kind, model: str, kills: int) -> list[Round]:
             for number in range(kills):
                 done = await KillRound(contender, session).run()
                 done.build_s = _last_build_s(contender)
-                done.held = _holdings(contender)
+                done.held = holdings(contender)
                 rounds.append(done)
                 say(
                     f"kill {number + 1} of {kills}: streams ended after {max(done.streams_ended_s, default=0):.2f} s, "
@@ -194,17 +182,6 @@ def _last_build_s(contender: Contender) -> float:
     lines = contender.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
     replaced = [json.loads(line) for line in lines if '"engine replaced"' in line]
     return float(replaced[-1]["build_s"]) if replaced else 0.0
-
-
-def _holdings(contender: Contender) -> Holdings:
-    server = psutil.Process(contender.process.pid)
-    return Holdings(
-        rss_mib=server.memory_info().rss >> 20,
-        fds=server.num_fds(),
-        threads=server.num_threads(),
-        children=len(server.children(recursive=True)),
-        shared_memory_files=len(list(_SHARED_MEMORY.iterdir())),
-    )
 
 
 def _figures(rounds: Sequence[Round], plain: Round, exit_code: int | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _REQUESTS: Final = Metric("requests_per_s", "requests/s", "higher")
 _REQUEST_CPU: Final = Metric("cpu_us_per_request", "front-end µs CPU/request", "lower")
 _STREAM_METRICS: Final = (_CPU, _TTFT_P50, _TTFT_P99)
 _ANSWER_METRICS: Final = (_REQUESTS, _REQUEST_CPU)
-_SATURATED_STEPS_PER_S: Final = 100_000
+SATURATED_STEPS_PER_S: Final = 100_000
 # Every stream runs: how many at a time an engine takes is not the front-end's matter.
 _ENGINE_FLAGS: Final = ("--max-num-seqs", "1024")
 
@@ -64,7 +64,7 @@ def _works(*, quick: bool) -> dict[int, list[Work]]:
         Work("saturated, 32 streams", Load(32, 64, 256, True, seed=3), (_CPU, _TOKENS)),
         Work("answers of 1 token", Load(32, 400 if quick else 2000, 1, False, seed=5), _ANSWER_METRICS),
     ]
-    return {25: paced, _SATURATED_STEPS_PER_S: saturated}
+    return {25: paced, SATURATED_STEPS_PER_S: saturated}
 
 
 @click.command("front-end")
@@ -81,8 +81,8 @@ def command(model: str | None, quick: bool, pairs: int, noise: bool, as_json: bo
     rows: list[Row] = []
     for steps_per_s, works in _works(quick=quick).items():
         with ExitStack() as stack:
-            ours = stack.enter_context(_instant(first, model, steps_per_s, () if noise else flags))
-            theirs = stack.enter_context(_instant(PLAIN, model, steps_per_s, ()))
+            ours = stack.enter_context(instant(first, model, steps_per_s, () if noise else flags))
+            theirs = stack.enter_context(instant(PLAIN, model, steps_per_s, ()))
             for measured in (ours, theirs):
                 measured.contender.wait_until_ready()
             for work in works:
@@ -107,7 +107,8 @@ def _headline(rows: Sequence[Row]) -> dict[str, float]:
 
 
 @contextmanager
-def _instant(kind: Kind, model: str, steps_per_s: int, flags: Sequence[str]) -> Iterator[Measured]:
+def instant(kind: Kind, model: str, steps_per_s: int, flags: Sequence[str]) -> Iterator[Measured]:
+    """A server of this kind over an engine that makes so many steps a second."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         cost_file = Path(folder) / "cost"
         cost_file.write_bytes(bytes(8))
@@ -116,7 +117,7 @@ def _instant(kind: Kind, model: str, steps_per_s: int, flags: Sequence[str]) -> 
             instant_engine.STEPS_PER_S_ENV: str(steps_per_s),
         }
         with (
-            _environment(variables),
+            variables_set(variables),
             started(replace(kind, command=_command(kind)), model, (*_ENGINE_FLAGS, *flags)) as contender,
         ):
             yield Measured(contender, cost_file)
@@ -132,7 +133,8 @@ def _command(kind: Kind) -> Command:
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Inside it, servers that are started have these environment variables."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

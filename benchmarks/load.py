@@ -70,8 +70,9 @@ class Answer:
     itl_s: Sequence[float] = ()
 
 
-async def run(url: str, model: str, load: Load) -> dict[str, float]:
+async def run(url: str, model: str, load: Load, key: str | None = None) -> dict[str, float]:
     """Send the load and return the turn's figures. Raises `LoadFailed`."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     bodies = load.bodies(model)
     answers: list[Answer] = []
 
@@ -81,7 +82,7 @@ async def run(url: str, model: str, load: Load) -> dict[str, float]:
             answers.append(answer)
 
     connections = aiohttp.TCPConnector(limit=load.concurrency)
-    async with aiohttp.ClientSession(url, connector=connections, timeout=_TIMEOUT) as session:
+    async with aiohttp.ClientSession(url, connector=connections, timeout=_TIMEOUT, headers=headers) as session:
         started_s = time.perf_counter()
         async with asyncio.TaskGroup() as clients:
             for _ in range(load.concurrency):
@@ -134,8 +135,10 @@ def _figures(load: Load, answers: Sequence[Answer], wall_s: float) -> dict[str, 
         **_percentiles("total", [answer.total_s for answer in answers]),
     }
     if load.stream:
+        figures["chunks_per_s"] = sum(1 + len(answer.itl_s) for answer in answers) / wall_s
         figures |= _percentiles("ttft", [answer.ttft_s for answer in answers])
-        figures |= _percentiles("itl", [gap_s for answer in answers for gap_s in answer.itl_s])
+        gaps_s = [gap_s for answer in answers for gap_s in answer.itl_s]
+        figures |= _percentiles("itl", gaps_s) | {"itl_max_ms": max(gaps_s, default=0.0) * 1000}
     return figures
 
 

@@ -54,9 +54,8 @@ def command(model: str | None, quick: bool, pairs: int, as_json: bool) -> None:
             measured.contender.wait_until_ready()
             asyncio.run(_turn(measured, 1, seed=0))
         for number in range(pairs):
-            bodies_seed = number + 1
             first, second = (ours, theirs) if number % 2 == 0 else (theirs, ours)
-            figures = {side: asyncio.run(_turn(side, histories, bodies_seed)) for side in (first, second)}
+            figures = {side: asyncio.run(_turn(side, histories, number + 1)) for side in (first, second)}
             turns.append((figures[ours], figures[theirs]))
             say(f"pair {number + 1} of {pairs}: {figures[ours]} {figures[theirs]}")
     rows = [

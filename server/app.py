@@ -70,6 +70,7 @@ class Application:
     ladder: LadderWatch
     fallback: Fallback
     resilience: ResilienceMetrics
+    figures: Metrics
     traces: Traces
 
 
@@ -113,6 +114,7 @@ def build_application(
         ladder=parts.ladder,
         fallback=parts.fallback,
         resilience=parts.witness,
+        figures=parts.figures,
         traces=parts.traces,
     )
 

@@ -47,6 +47,8 @@ _OPEN_FILES: Final = 65535
 _REPORT_INTERVAL_S: Final = 10.0
 _REDIS_START_S: Final = 3.0
 _CHILD_EXIT_TIMEOUT_S: Final = 5.0
+# Longer than proxies keep theirs (nginx: 60 s): a connection that both may close is closed under a request some day.
+_KEEP_ALIVE_S: Final = 75
 _HTTP_STOP_TIMEOUT_S: Final = 5
 _SOCKETS_FOLDER: Final = "VLLM_RPC_BASE_PATH"  # where vLLM puts its engine's sockets
 
@@ -116,6 +118,8 @@ class Process:
 
     async def live(self, listener: socket.socket) -> int:
         """Load, serve and drain. Returns the process's exit code."""
+        loop = asyncio.get_running_loop()
+        self._app.figures.watch_event_loop(lambda: len(asyncio.all_tasks(loop)))
         self._say_where(listener)
         http = _HttpServer(self._http_config())
         serving = asyncio.create_task(http.serve(sockets=[listener]))
@@ -255,6 +259,7 @@ class Process:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_HTTP_STOP_TIMEOUT_S,
             ssl_keyfile=s.ssl_keyfile,
             ssl_certfile=s.ssl_certfile,

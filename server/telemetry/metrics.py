@@ -75,6 +75,11 @@ class Metrics:
         self._limits_local = Gauge(
             "tidegate_limits_local", "1 while Redis does not answer and each replica limits alone", registry=registry
         )
+        self._event_loop_tasks = Gauge(
+            "tidegate_event_loop_tasks",
+            "Tasks of the server's event loop, requests and its own work",
+            registry=registry,
+        )
 
     def limit_refused(self, limit: str) -> None:
         self._limit_refusals.labels(limit).inc()
@@ -85,6 +90,10 @@ class Metrics:
     def watch_limiter(self, is_local: Callable[[], bool]) -> None:
         """Read at each scrape."""
         self._limits_local.set_function(lambda: float(is_local()))
+
+    def watch_event_loop(self, tasks: Callable[[], int]) -> None:
+        """Read at each scrape."""
+        self._event_loop_tasks.set_function(tasks)
 
     def truncated(self, messages: int, tokens: int) -> None:
         """A prompt was cut."""
