@@ -15,6 +15,7 @@ from server.api import errors
 from server.api.answer import WireLimits
 from server.api.batches import batches_router
 from server.api.console import console_router, overview_router
+from server.api.direct import DirectRoutes
 from server.api.errors import Dialect
 from server.api.files import files_router
 from server.api.level import level_router
@@ -103,7 +104,7 @@ def build_application(
     seen = RequestMetrics(parts.gate.admission, registry)
     reporting = Reporting(parts.figures, seen, parts.traces, recent, settings.access_log)
     return Application(
-        asgi=_with_cors(Exchange(api, reporting), settings),
+        asgi=_with_cors(Exchange(DirectRoutes(api, on_refusal, _on_error), reporting), settings),
         slot=parts.slot,
         requests=parts.requests,
         generation=Generation(parts.fitter, parts.gate, parts.charging, parts.traces),
