@@ -34,6 +34,7 @@ from server.serving.queue import Gate
 from server.serving.recovery import Recovery
 from server.serving.requests import DryRun, OpenRequest, OpenRequests
 from server.serving.several import OneByOne
+from server.serving.turnstile import Turnstile
 
 if TYPE_CHECKING:
     from server.engine.stack import Stack
@@ -104,6 +105,7 @@ class Service:
         self.slot = slot
         self._gate = guards.gate
         self.requests = requests
+        self.turnstile = Turnstile()
         self.recovery = guards.recovery
         self._rules = rules
         self._fitter = fitter
