@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from typing import Final
 
-_PER_ROUND: Final = 4
+_PER_ROUND: Final = 32
 
 
 class Turnstile:
