@@ -95,7 +95,7 @@ class OwnedResponse(Response):
         body = None
         if request.method == "POST":
             raw = await read_body(receive, headers, self._limits.max_body_bytes)
-            await self._service.turnstile.turn()
+            await self._service.turnstile.turn(len(raw))
             body = parse_json_object(raw, headers) if raw or "content-type" in headers else {}
         return Call(
             method=request.method,

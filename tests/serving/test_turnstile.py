@@ -50,6 +50,21 @@ async def test_who_leaves_while_waiting_holds_up_nobody() -> None:
     assert begun == [0, 1, 5]
 
 
+async def test_a_long_history_takes_the_place_of_many() -> None:
+    turnstile, rounds = Turnstile(), list[int]()
+
+    async def request(body_bytes: int) -> None:
+        await turnstile.turn(body_bytes)
+        rounds.append(round_now)
+
+    round_now = 0
+    tasks = [asyncio.create_task(request(body_bytes)) for body_bytes in (300_000, 300_000, 100, 100, 300_000)]
+    while not all(task.done() for task in tasks):
+        await asyncio.sleep(0)
+        round_now += 1
+    assert rounds[0] < rounds[1] < rounds[2] == rounds[3] == rounds[4]
+
+
 async def test_it_costs_nothing_when_nobody_comes() -> None:
     turnstile = Turnstile()
     await turnstile.turn()
