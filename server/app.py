@@ -95,7 +95,7 @@ def build_application(
     api.service = parts.service
     _mount_model(api, settings, parts, versions)
     _mount_desks(api, settings, parts)
-    readings = Readings(registry, COUNTERS, HISTOGRAMS.values())
+    readings = Readings(parts.figures.merged, COUNTERS, HISTOGRAMS.values())
     _mount_overview(api, settings, parts, _sights(settings, parts, versions, readings, recent))
     api.add_exception_handler(HTTPException, _on_http_exception)
     api.add_exception_handler(Refusal, on_refusal)
