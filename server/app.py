@@ -157,7 +157,7 @@ def build_front_end(
     seen = RequestMetrics(parts.objectives, registry)
     reporting = Reporting(parts.figures, seen, parts.traces, ToldHappenings(tell), settings.access_log)
     asgi = _with_cors(Exchange(api, reporting), settings)
-    here = answered_here(keeps_responses=_KEEPS_RESPONSES in os.environ, root_path=settings.root_path)
+    here = answered_here(keeps_responses=os.environ.get(_KEEPS_RESPONSES, "0") != "0", root_path=settings.root_path)
     passing_on = PassingOn(asgi, first_process, here, settings.slow_reader_timeout_s)
     return FrontEndApplication(
         asgi=passing_on,

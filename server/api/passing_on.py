@@ -30,7 +30,6 @@ Header = tuple[bytes, bytes]
 _RESPONSES: Final = "/v1/responses"
 # What every process answers for itself, beside the routes of the engine.
 _ABOUT_A_PROCESS: Final = ("/health", "/health/live", "/health/ready", "/ping", "/version")
-_DOCUMENTS: Final = ("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc")
 _TRY_AGAIN: Final = "The server is starting or stopping. Please try again."
 _RETRY_AFTER_S: Final = 1.0
 _CONNECT_TIMEOUT_S: Final = 5.0
@@ -53,7 +52,7 @@ def answered_here(*, keeps_responses: bool, root_path: str = "") -> Callable[[st
     `keeps_responses`: answers of `/v1/responses` stay in the process that gave them, to be asked for again.
     """
     engines = [route.path for route in OPERATION_ROUTES if not route.operators]
-    exact = frozenset({path for path in engines if "{" not in path}.union(_ABOUT_A_PROCESS, _DOCUMENTS))
+    exact = frozenset({path for path in engines if "{" not in path}.union(_ABOUT_A_PROCESS))
     below = (OLLAMA_PREFIX, "/v1/models/", f"{_RESPONSES}/")
     prefix = root_path.rstrip("/")
 

@@ -48,6 +48,7 @@ class Crew:
             await ended(self._keepers)
             for process in self._processes.values():
                 process.kill()
+                process.join()
 
     def stop_at_once(self) -> None:
         """End without waiting for what runs."""

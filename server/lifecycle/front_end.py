@@ -78,10 +78,20 @@ def main(plan: Plan) -> None:
     raise_open_files_limit()
     structlog.contextvars.bind_contextvars(front_end=plan.index)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        sys.exit(runner.run(_live(plan, settings)))
+        ended_as = runner.run(_live(plan, settings))
+        if ended_as.building_abandoned:  # its thread cannot be interrupted, and Python would wait for it
+            sys.stderr.flush()
+            os._exit(ended_as.code)
+    sys.exit(ended_as.code)
 
 
-async def _live(plan: Plan, settings: Settings) -> int:
+@dataclass(frozen=True, slots=True)
+class _End:
+    code: int
+    building_abandoned: bool = False
+
+
+async def _live(plan: Plan, settings: Settings) -> _End:
     connection = await connect(plan.scratch / HUB_SOCKET)
     connection.send(messages.Hello(plan.index, os.getpid()))
     return await FrontEnd(plan, settings, connection).live()
@@ -161,8 +171,8 @@ class FrontEnd:
         self._stop_at_once = asyncio.Event()
         self._because: str | None = None
 
-    async def live(self) -> int:
-        """Join the engine, serve and drain. Returns the process's exit code."""
+    async def live(self) -> _End:
+        """Join the engine, serve and drain."""
         loop = asyncio.get_running_loop()
         self._app.figures.watch_event_loop(lambda: len(asyncio.all_tasks(loop)))
         try:
@@ -170,10 +180,11 @@ class FrontEnd:
                 return await self._serve()
         finally:
             await self._app.fallback.close()
+            await self._app.passing_on.close()
             await asyncio.to_thread(self._app.traces.close)
             await self._connection.close()
 
-    async def _serve(self) -> int:
+    async def _serve(self) -> _End:
         supervisor = Supervisor(
             self._build, self._seat, self._app.requests, _Witness(), RestartRules(_NEVER_S, _MOST_FAILED_BUILDS)
         )
@@ -181,14 +192,15 @@ class FrontEnd:
         await first(self._stop.wait(), building)
         if not building.done():
             await ended({building})
-            return 0
+            return _End(0, building_abandoned=True)
         supervising = asyncio.create_task(supervisor.run(building.result()))
         await self._app.slot.filled()
         code = await self._answer(supervising)
+        building_abandoned = supervisor.building
         await ended({supervising})
         if (last := self._app.slot.empty("stopping")) is not None:
             await last.close()
-        return code
+        return _End(code, building_abandoned=building_abandoned)
 
     async def _answer(self, supervising: "asyncio.Task[None]") -> int:
         """Serve HTTP until told to stop, or until no engine can be joined any more."""

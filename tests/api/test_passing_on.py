@@ -41,6 +41,7 @@ PASSED_ON = {
     "/sleep", "/start_profile", "/stop_profile", "/v1/batches", "/v1/batches/{batch_id}",
     "/v1/batches/{batch_id}/cancel", "/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content",
     "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/usage", "/wake_up",
+    "/docs", "/docs/oauth2-redirect", "/openapi.json", "/redoc",
 }  # fmt: skip
 
 
