@@ -163,7 +163,7 @@ class Switchboard:
             case messages.Figures():
                 self._take_figures(line, message)
             case messages.Serving():
-                log.info("a further front-end serves", front_end=line.index)
+                log.info("a further front-end serves", front_end=line.index, pid=line.pid)
             case _:
                 line.guests.hear(message)
                 self.refresh()
