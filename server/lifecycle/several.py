@@ -102,8 +102,10 @@ class _SharedSeat:
         self._switchboard = switchboard
 
     def fill(self, stack: "Stack") -> None:
+        from server.engine.joined import blueprint
+
         self._seat.fill(stack)
-        self._switchboard.engine_is(stack)
+        self._switchboard.engine_is(stack, blueprint(stack))
 
     def empty(self, stage: str) -> "Stack | None":
         self._switchboard.engine_is_gone()

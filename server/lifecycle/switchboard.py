@@ -83,11 +83,9 @@ class Switchboard:
         self._epoch = _Epoch(self._epoch.number + 1, paths)
         return paths
 
-    def engine_is(self, stack: "Stack") -> None:
-        """The engine serves."""
-        from server.engine.joined import blueprint
-
-        self._epoch = _Epoch(self._epoch.number, self._epoch.addresses, stack, blueprint(stack))
+    def engine_is(self, stack: "Stack", blueprint: bytes) -> None:
+        """The engine serves that was last told where the others are; `blueprint` is what they need to join it."""
+        self._epoch = _Epoch(self._epoch.number, self._epoch.addresses, stack, blueprint)
         for line in self._lines.values():
             self._introduce(line)
         self.refresh()
