@@ -3,66 +3,22 @@
 import asyncio
 import os
 import signal
-import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
-from prometheus_client import CollectorRegistry
 
-from server.app import Application, build_application
 from server.lifecycle.scratch import HTTP_SOCKET
-from server.lifecycle.several import Several, plan_for
-from server.settings import Settings, load_settings
+from tests.lifecycle.first_process import first_process
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
-
-VERSIONS = {"tidegate": "0", "vllm": "0"}
-OPERATOR_KEY = "the-operators-own-key"
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-class FirstProcess:
-    """As much of one as its front-ends need before there is an engine."""
-
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        self.app: Application = build_application(settings, VERSIONS, CollectorRegistry(), OPERATOR_KEY)
-        self.scratch = folder
-        self.several = Several(settings, self.app, None, plan_for(settings, VERSIONS, OPERATOR_KEY, folder))
-
-    def front_ends(self) -> list[psutil.Process]:
-        children = psutil.Process().children(recursive=True)
-        return [child for child in children if "front-end" in child.name() or "spawn_main" in " ".join(child.cmdline())]
-
-    @property
-    def lines(self) -> dict[int, Any]:
-        assert self.several._switchboard is not None
-        return self.several._switchboard._lines
-
-
-@asynccontextmanager
-async def first_process(folder: Path, count: int) -> AsyncIterator[FirstProcess]:
-    settings = load_settings(
-        {
-            "api_server_count": count,
-            "data_folder": folder / "data",
-            "redis_url": "unix:///nowhere",
-            "log_level": "error",
-        },
-        None,
-    )
-    process = FirstProcess(folder, settings)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        async with process.several.running(listener):
-            yield process
 
 
 async def until(holds: Callable[[], bool], what: str) -> None:
