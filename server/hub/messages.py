@@ -59,9 +59,11 @@ class Streamed(Message):
 
 
 class Again(Message):
-    """A request has given its place up, and waits for another one."""
+    """A request has given its place up, and waits for another one; what the engine did for it is lost, and was done."""
 
     number: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class Leave(Message):

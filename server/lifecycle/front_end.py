@@ -16,6 +16,7 @@ import uvloop
 
 from server.app import FrontEndApplication, build_front_end
 from server.engine.processes import end_with_parent
+from server.engine.start_failures import StartFailure
 from server.engine.supervisor import Supervisor
 from server.hub import messages
 from server.hub.connection import Connection, connect
@@ -193,7 +194,13 @@ class FrontEnd:
         if not building.done():
             await ended({building})
             return _End(0, building_abandoned=True)
-        supervising = asyncio.create_task(supervisor.run(building.result()))
+        try:
+            stack = building.result()
+        except StartFailure as failure:
+            log.error(f"The engine could not be joined: {failure}")  # noqa: TRY400  # a sentence, and no traceback
+            return _End(1)
+        supervising = asyncio.create_task(supervisor.run(stack))
+        del stack  # the supervisor's from now on
         await self._app.slot.filled()
         code = await self._answer(supervising)
         building_abandoned = supervisor.building

@@ -73,7 +73,8 @@ class DistantGate:
         """Ask for another place after one was given up."""
         slot.held, slot.granted = None, asyncio.get_running_loop().create_future()
         self._prefilling.pop(held.ticket.number, None)
-        self._tell(messages.Again(held.ticket.number))
+        used = slot.consumed()
+        self._tell(messages.Again(held.ticket.number, used.completion_tokens, used.cached_tokens))
 
     def leave(self, slot: Slot) -> None:
         """Give back whatever the slot has."""

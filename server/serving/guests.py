@@ -74,7 +74,7 @@ class Guests:
             case messages.Streamed(number) if number in self._slots:
                 self._slots[number].seen_by_client()
             case messages.Again(number) if number in self._slots:
-                self._slots[number].come_again()
+                self._slots[number].come_again(message)
             case messages.Leave(number) if number in self._slots:
                 self._leave(message)
             case _:
@@ -157,14 +157,15 @@ class _GuestSlot(Slot):
         else:
             self._follow()
 
-    def come_again(self) -> None:
+    def come_again(self, message: messages.Again) -> None:
         """Its front-end has taken it out of the engine: wait for another place, in front."""
         held = self.held
         if held is None:
             return
+        self.spent.completion_tokens, self.spent.cached_tokens = message.completion_tokens, message.cached_tokens
         self._at.leave(self)
         self.engine_requests.clear()
-        self.spent.prefilled = False
+        self.spent.completion_tokens, self.spent.cached_tokens, self.spent.prefilled = 0, 0, False
         self._at.enter_again(self, held)
         self._follow()
 
