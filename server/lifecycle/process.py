@@ -90,7 +90,8 @@ class Process:
         self._fork_server = ForkServer() if settings.engine_fork_server else None
         self._flags = _all_flags(settings, vllm_args)
         self.scratch = scratch
-        self._app: Application = build_application(settings, versions, operator_key=(key := operator_key(settings)))
+        key = operator_key(settings)
+        self._app: Application = build_application(settings, versions, operator_key=key)
         self._several = Several(settings, self._app, self._fork_server, plan_for(settings, versions, key, scratch))
         self._stop = asyncio.Event()
         self._stop_at_once = asyncio.Event()
