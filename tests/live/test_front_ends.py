@@ -25,7 +25,7 @@ OPERATOR = {"authorization": "Bearer the-operators-key"}
 WITHIN_S = 120.0
 START = (
     "--api-server-count", "2", "--max-model-len", "2048", "--max-num-seqs", "8", "--ttft-slo", "600",
-    "--served-model-name", "tiny", "--operator-key", "the-operators-key", "--enable-lora",
+    "--served-model-name", "tiny", "--operator-key", "the-operators-key", "--enable-lora", "--redis-timeout-s", "5",
 )  # fmt: skip
 
 
@@ -116,13 +116,15 @@ def test_a_limit_is_exact_over_both(server: RunningServer) -> None:
     made = httpx.post(f"{server.url}/admin/tenants/counted/keys", json={}, headers=OPERATOR).json()
     key = {"authorization": f"Bearer {made['key']}"}
     try:
-        before = answered_by(server)
+        before, started_s = answered_by(server), time.monotonic()
         with ThreadPoolExecutor(16) as pool:
             statuses = collections.Counter(pool.map(lambda _: ask(server, key).status_code, range(48)))
-        assert statuses == {200: 12, 429: 36}
+        given_back = int((time.monotonic() - started_s) / 5)  # twelve a minute
+        assert 12 <= statuses[200] <= 12 + given_back
+        assert statuses[429] == 48 - statuses[200]
         assert min((answered_by(server) - before)[index] for index in (0, 1)) > 0
         refusals = httpx.get(f"{server.url}/admin/overview", headers=OPERATOR).json()["recent"]["refusals"]
-        assert sum(entry["count"] for entry in refusals if entry["tenant"] == "counted") == 36
+        assert sum(entry["count"] for entry in refusals if entry["tenant"] == "counted") == statuses[429]
     finally:
         assert httpx.delete(f"{server.url}/admin/tenants/counted", headers=OPERATOR).status_code == 200
         wait_for(lambda: {answer.status_code for answer in ask_both(server)} == {200}, "the server stays closed")
