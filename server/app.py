@@ -1,8 +1,10 @@
 """The composition: every room's parts behind their routes, as one ASGI application."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Final
 
 from fastapi import Request, Response
@@ -22,16 +24,22 @@ from server.api.level import level_router
 from server.api.middleware import Exchange, Reporting
 from server.api.ollama import OLLAMA_PREFIX, ollama_router
 from server.api.operators import operators_router
+from server.api.passing_on import PassingOn, answered_here
 from server.api.routes import operations_router, status_router
 from server.api.schema import DocumentedApi
 from server.api.usage import usage_router
-from server.parts import Parts, build_parts
+from server.parts import Doors, Parts, build_front_end_parts, build_parts
+from server.policy.admission import Admission
 from server.policy.refusals import GenerationFailed, InvalidRequest, MethodNotAllowed, NotFound, Refusal
 from server.serving.access import Access
 from server.serving.batches import BatchRunner
+from server.serving.distant_gate import DistantGate
+from server.serving.elsewhere import Elsewhere
 from server.serving.engine_slot import EngineSlot
 from server.serving.fallback import Fallback
+from server.serving.followed_level import FollowedLevel
 from server.serving.generation import Generation
+from server.serving.guests import Tell, ToldHappenings
 from server.serving.ladder import LadderWatch
 from server.serving.overview import COUNTERS, HISTOGRAMS, Overview, Sights
 from server.serving.queue import Gate
@@ -49,6 +57,7 @@ from server.telemetry.resilience import ResilienceMetrics
 from server.telemetry.traces import Traces
 
 _MIB: Final = 1 << 20
+_KEEPS_RESPONSES: Final = "VLLM_ENABLE_RESPONSES_API_STORE"
 _ANTHROPIC_PREFIX: Final = "/v1/messages"
 _HTTP_REFUSALS: Final[Mapping[int, type[Refusal]]] = {
     HTTPStatus.NOT_FOUND: NotFound,
@@ -73,6 +82,27 @@ class Application:
     resilience: ResilienceMetrics
     figures: Metrics
     traces: Traces
+    recent: RecentHappenings
+    elsewhere: Elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEndApplication:
+    """The same for a front-end beside the first process, without what a server has once."""
+
+    asgi: ASGIApp
+    slot: EngineSlot
+    requests: OpenRequests
+    generation: Generation
+    gate: DistantGate
+    level: FollowedLevel
+    store: Store
+    access: Access
+    fallback: Fallback
+    objectives: Admission
+    figures: Metrics
+    traces: Traces
+    passing_on: PassingOn
 
 
 def build_application(
@@ -86,23 +116,15 @@ def build_application(
     Without an operator key nobody is the operator. Raises `BadRedisUrl` and `TenantsFileError`.
     """
     parts = build_parts(settings, versions, registry, operator_key)
-    recent = RecentHappenings()
-    api = DocumentedApi(
-        title="Tidegate",
-        version=versions["tidegate"],
-        root_path=settings.root_path,
-        openapi_url="/openapi.json" if settings.docs else None,
-    )
-    api.service = parts.service
-    _mount_model(api, settings, parts, versions)
+    recent, elsewhere = RecentHappenings(), Elsewhere()
+    api = _new_api(settings, versions, parts.service)
+    _mount_model(api, settings, parts.service, parts.doors)
+    api.include_router(_status(parts.service, versions, parts.figures, elsewhere))
     _mount_desks(api, settings, parts)
-    readings = Readings(registry, COUNTERS, HISTOGRAMS.values())
-    _mount_overview(api, settings, parts, _sights(settings, parts, versions, readings, recent))
-    api.add_exception_handler(HTTPException, _on_http_exception)
-    api.add_exception_handler(Refusal, on_refusal)
-    api.add_exception_handler(Exception, _on_error)
-    seen = RequestMetrics(parts.gate.admission, registry)
-    reporting = Reporting(parts.figures, seen, parts.traces, recent, settings.access_log)
+    _mount_overview(api, settings, parts, _sights(settings, parts, versions, recent, elsewhere))
+    reporting = Reporting(
+        parts.figures, RequestMetrics(parts.gate.admission, registry), parts.traces, recent, settings.access_log
+    )
     return Application(
         asgi=_with_cors(Exchange(DirectRoutes(api, on_refusal, _on_error), reporting), settings),
         slot=parts.slot,
@@ -117,17 +139,64 @@ def build_application(
         resilience=parts.witness,
         figures=parts.figures,
         traces=parts.traces,
+        recent=recent,
+        elsewhere=elsewhere,
     )
 
 
-def _mount_model(api: DocumentedApi, settings: Settings, parts: Parts, versions: Mapping[str, str]) -> None:
+def build_front_end(
+    settings: Settings, versions: Mapping[str, str], operator_key: str | None, tell: Tell, first_process: Path
+) -> FrontEndApplication:
+    """What a front-end beside the first process answers with. `tell` is its way to that one, and `first_process` the
+    socket behind which it takes the requests that are passed on. Raises `BadRedisUrl` and `TenantsFileError`.
+    """
+    registry = REGISTRY
+    parts = build_front_end_parts(settings, versions, registry, operator_key, tell)
+    api = _new_api(settings, versions, parts.service)
+    _mount_model(api, settings, parts.service, parts.doors)
+    api.include_router(_status(parts.service, versions, parts.figures, Elsewhere()))
+    seen = RequestMetrics(parts.objectives, registry)
+    reporting = Reporting(parts.figures, seen, parts.traces, ToldHappenings(tell), settings.access_log)
+    asgi = _with_cors(Exchange(DirectRoutes(api, on_refusal, _on_error), reporting), settings)
+    here = answered_here(keeps_responses=os.environ.get(_KEEPS_RESPONSES, "0") != "0", root_path=settings.root_path)
+    passing_on = PassingOn(asgi, first_process, here, settings.slow_reader_timeout_s)
+    return FrontEndApplication(
+        asgi=passing_on,
+        slot=parts.slot,
+        requests=parts.requests,
+        generation=Generation(parts.fitter, parts.gate, parts.charging, parts.traces),
+        gate=parts.gate,
+        level=parts.level,
+        store=parts.store,
+        access=parts.doors.access,
+        fallback=parts.fallback,
+        objectives=parts.objectives,
+        figures=parts.figures,
+        traces=parts.traces,
+        passing_on=passing_on,
+    )
+
+
+def _new_api(settings: Settings, versions: Mapping[str, str], service: Service) -> DocumentedApi:
+    api = DocumentedApi(
+        title="Tidegate",
+        version=versions["tidegate"],
+        root_path=settings.root_path,
+        openapi_url="/openapi.json" if settings.docs else None,
+    )
+    api.service = service
+    api.add_exception_handler(HTTPException, _on_http_exception)
+    api.add_exception_handler(Refusal, on_refusal)
+    api.add_exception_handler(Exception, _on_error)
+    return api
+
+
+def _mount_model(api: DocumentedApi, settings: Settings, service: Service, doors: Doors) -> None:
     """The routes that use the model."""
-    doors, service = parts.doors, parts.service
     limits = WireLimits(int(settings.max_body_mib * _MIB), settings.keep_alive_s, settings.slow_reader_timeout_s)
     api.include_router(
         operations_router(service, limits, doors.callers, doors.edge, developer_routes=settings.developer_routes)
     )
-    api.include_router(_status(service, versions, parts.figures))
     api.include_router(ollama_router(service, limits, doors.callers, doors.edge))
 
 
@@ -150,11 +219,12 @@ def _mount_overview(api: DocumentedApi, settings: Settings, parts: Parts, sights
 
 
 def _sights(
-    settings: Settings, parts: Parts, versions: Mapping[str, str], readings: Readings, recent: RecentHappenings
+    settings: Settings, parts: Parts, versions: Mapping[str, str], recent: RecentHappenings, elsewhere: Elsewhere
 ) -> Sights:
     return Sights(
         versions=versions,
-        readings=readings,
+        readings=Readings(parts.figures.merged, COUNTERS, HISTOGRAMS.values()),
+        elsewhere=elsewhere,
         recent=recent,
         slot=parts.slot,
         requests=parts.requests,
@@ -179,10 +249,15 @@ def _with_cors(asgi: ASGIApp, settings: Settings) -> ASGIApp:
     )
 
 
-def _status(service: Service, versions: Mapping[str, str], figures: Metrics) -> Any:
+def _status(service: Service, versions: Mapping[str, str], figures: Metrics, elsewhere: Elsewhere) -> Any:
     # vLLM's clients read its version under `version`
     shown = {"version": versions.get("vllm", "unknown"), "tidegate": versions["tidegate"]}
-    return status_router(service, shown, lambda: Response(figures.page(), media_type=metrics.CONTENT_TYPE))
+
+    async def page() -> Response:
+        await elsewhere.gather()
+        return Response(figures.page(), media_type=metrics.CONTENT_TYPE)
+
+    return status_router(service, shown, page, elsewhere)
 
 
 def _dialect(request: Request) -> Dialect:

@@ -142,7 +142,7 @@ def _serve(
         click.echo(vllm_help())
         return
     settings, vllm_args = _settings(flags, settings_file, vllm_args)
-    from server.lifecycle import serve
+    from server.lifecycle.process import serve
 
     sys.exit(serve(settings, vllm_args, versions()))
 

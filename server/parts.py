@@ -25,17 +25,20 @@ from server.serving.batches import Runners
 from server.serving.batching import Batching
 from server.serving.charging import Charging, Pricing
 from server.serving.declared_tenants import DeclaredTenants
-from server.serving.degradation import Degradation, DegradationRules
+from server.serving.degradation import Degradation, DegradationRules, Levels
+from server.serving.distant_gate import DistantGate
 from server.serving.engine_slot import EngineSlot
 from server.serving.fallback import Fallback, Upstream
 from server.serving.file_desk import FileRules
 from server.serving.fitting import ContextPolicy, HistoryFitter
+from server.serving.followed_level import FollowedLevel
+from server.serving.guests import Tell
 from server.serving.ladder import LadderSources, LadderWatch
 from server.serving.line_runner import LineRunner
 from server.serving.queue import Gate, Surroundings
 from server.serving.recovery import Recovery
 from server.serving.requests import OpenRequests
-from server.serving.service import BodyRules, Guards, Service
+from server.serving.service import BodyRules, Guards, Knockable, Service
 from server.serving.several import OneByOne
 from server.serving.tenant_desk import TenantDesk
 from server.settings import Settings
@@ -87,6 +90,25 @@ class Parts:
     batching: Batching
 
 
+@dataclass(frozen=True, slots=True)
+class FrontEndParts:
+    """Each once in a front-end that has the first process's gate and level. `objectives` decide nothing."""
+
+    slot: EngineSlot
+    requests: OpenRequests
+    figures: Metrics
+    traces: Traces
+    store: Store
+    charging: Charging
+    fitter: HistoryFitter
+    gate: DistantGate
+    fallback: Fallback
+    level: FollowedLevel
+    service: Service
+    doors: Doors
+    objectives: Admission
+
+
 def build_parts(
     settings: Settings, versions: Mapping[str, str], registry: CollectorRegistry, operator_key: str | None
 ) -> Parts:
@@ -97,17 +119,13 @@ def build_parts(
     store = Store(settings.redis_url, settings.data_path, settings.redis_timeout_s)
     charging = Charging(store.limiter, store.replica, _pricing(settings), figures)
     fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
-    objectives = Objectives(settings.ttft_slo_s or {}, settings.tpot_slo_s or {})
-    gate = Gate(Admission(objectives), AdmissionMetrics(registry), Surroundings(traces=traces))
+    gate = Gate(Admission(_objectives(settings)), AdmissionMetrics(registry), Surroundings(traces=traces))
     witness = ResilienceMetrics(registry)
     witness.watch_engine(lambda: slot.ready)
     fallback = Fallback(_upstreams(settings), witness, random.random, trace_headers=traces.carrier)
     sources = LadderSources(lambda: gate.pressure, slot, bool(fallback))
     ladder = LadderWatch(_ladder_rules(settings), sources, RedisPins(store.patient_client), witness)
-    degradation = Degradation(ladder, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness)
-    guards = Guards(
-        gate, charging, Recovery(witness), degradation, fallback, settings.restart_wait_s, OneByOne(_described)
-    )
+    guards = _guards(settings, gate, charging, ladder, fallback, witness)
     service = Service(slot, requests, _body_rules(settings), fitter, guards)
     doors = _doors(settings, store, operator_key)
     runner = LineRunner(service, traces)
@@ -116,6 +134,48 @@ def build_parts(
         slot, requests, figures, traces, store, charging, fitter, gate, witness, fallback, ladder, service, doors,
         batching,
     )  # fmt: skip
+
+
+def build_front_end_parts(
+    settings: Settings, versions: Mapping[str, str], registry: CollectorRegistry, operator_key: str | None, tell: Tell
+) -> FrontEndParts:
+    """The parts of a further front-end; `tell` is its way to the first process.
+
+    Raises `BadRedisUrl` and `TenantsFileError`.
+    """
+    slot, requests, figures = EngineSlot(), OpenRequests(), Metrics(registry, settings.metrics_tenants)
+    traces = _traces(settings, versions)
+    store = Store(settings.redis_url, settings.data_path, settings.redis_timeout_s, runs_embedded=False)
+    charging = Charging(store.limiter, store.replica, _pricing(settings), figures)
+    fitter = HistoryFitter(_context_policy(settings), _context_overrides(settings), figures)
+    gate, witness = DistantGate(tell, traces), ResilienceMetrics(registry)
+    fallback = Fallback(_upstreams(settings), witness, random.random, trace_headers=traces.carrier)
+    level = FollowedLevel(slot, has_fallback=bool(fallback))
+    guards = _guards(settings, gate, charging, level, fallback, witness)
+    service = Service(slot, requests, _body_rules(settings), fitter, guards)
+    doors = _doors(settings, store, operator_key)
+    return FrontEndParts(
+        slot, requests, figures, traces, store, charging, fitter, gate, fallback, level, service, doors,
+        Admission(_objectives(settings)),
+    )  # fmt: skip
+
+
+def _guards(
+    settings: Settings,
+    gate: Knockable,
+    charging: Charging,
+    levels: Levels,
+    fallback: Fallback,
+    witness: ResilienceMetrics,
+) -> Guards:
+    degradation = Degradation(levels, DegradationRules(settings.economy_max_tokens, settings.canned_reply), witness)
+    return Guards(
+        gate, charging, Recovery(witness), degradation, fallback, settings.restart_wait_s, OneByOne(_described)
+    )
+
+
+def _objectives(settings: Settings) -> Objectives:
+    return Objectives(settings.ttft_slo_s or {}, settings.tpot_slo_s or {})
 
 
 def _doors(settings: Settings, store: Store, operator_key: str | None) -> Doors:

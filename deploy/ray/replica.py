@@ -14,7 +14,8 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from deploy.ray.scaling import WAIT, wait_counts
 from server.cli import read_serve, versions
-from server.lifecycle import Process, bind, configure_logs, prepared
+from server.lifecycle.machine import bind, configure_logs
+from server.lifecycle.process import Process, prepared
 from server.settings import Settings
 from server.store.connection import BadRedisUrl
 from server.store.tenants_file import TenantsFileError
@@ -44,6 +45,8 @@ def settings_for_ray(flags: Sequence[str]) -> tuple[Settings, tuple[str, ...]]:
         raise CannotServe(
             "Replicas keep one limit for all through one Redis: name it with --redis-url or TIDEGATE_REDIS_URL."
         )
+    if settings.api_server_count > 1:
+        raise CannotServe("Ray Serve calls a replica in one process: leave --api-server-count out, and add replicas.")
     usual = {"host": "0.0.0.0", "port": FIRST_PORT, "batches": settings.batch_folder is not None}  # noqa: S104
     unset = {name: value for name, value in usual.items() if name not in settings.model_fields_set}
     return settings.model_copy(update=unset), vllm_args

@@ -21,7 +21,7 @@ from server.policy.tenants import TrafficClass
 from server.serving.requests import OpenRequest
 from server.serving.service import GATED_ROUTES
 from server.telemetry.metrics import Metrics
-from server.telemetry.recent import RecentHappenings
+from server.telemetry.recent import Notes
 from server.telemetry.requests import Ended, RequestMetrics
 from server.telemetry.tenants import Outcome
 from server.telemetry.traces import Traced, Traces
@@ -46,7 +46,7 @@ class Reporting:
     metrics: Metrics
     requests: RequestMetrics
     traces: Traces
-    recent: RecentHappenings
+    recent: Notes
     access_log: bool
 
 

@@ -8,7 +8,7 @@ from server.api import errors
 from server.policy.edits import Edits
 from server.policy.refusals import InvalidRequest, Refusal, UnprocessableContent
 from server.serving.requests import OpenRequest
-from server.telemetry.recent import Happening, RecentHappenings
+from server.telemetry.recent import Happening, Notes
 
 _UNROUTED: Final = "unknown"
 # The words of these may be vLLM's or pydantic's, who quote what the client sent.
@@ -16,7 +16,7 @@ _QUOTING: Final = (InvalidRequest, UnprocessableContent)
 _TOLD: Final = 200
 
 
-def note(recent: RecentHappenings, scope: Scope, refusal: Refusal | None, opened: OpenRequest | None) -> None:
+def note(recent: Notes, scope: Scope, refusal: Refusal | None, opened: OpenRequest | None) -> None:
     """Note one exchange that is over."""
     if refusal is not None:
         recent.note(_refused(refusal, scope))

@@ -14,6 +14,7 @@ from server.api.edge import Edge
 from server.api.errors import Dialect
 from server.policy.refusals import ModelNotFound, OperatorsOnly
 from server.policy.tenants import ANYONE, OPERATOR
+from server.serving.elsewhere import Elsewhere
 from server.serving.service import MODELS_ROUTE, Service
 
 
@@ -114,7 +115,9 @@ def operations_router(
     return router
 
 
-def status_router(service: Service, versions: dict[str, str], metrics_page: Callable[[], Response]) -> APIRouter:
+def status_router(
+    service: Service, versions: dict[str, str], metrics_page: Callable[[], Awaitable[Response]], elsewhere: Elsewhere
+) -> APIRouter:
     """Routes that need no key: health, version, metrics."""
     router = APIRouter()
 
@@ -143,10 +146,10 @@ def status_router(service: Service, versions: dict[str, str], metrics_page: Call
     @router.get("/load")
     async def load() -> dict[str, int]:
         """Open requests, under the name that vLLM gives them."""
-        return {"server_load": len(service.requests)}
+        return {"server_load": len(service.requests) + await elsewhere.gather()}
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        return metrics_page()
+        return await metrics_page()
 
     return router

@@ -7,7 +7,7 @@ word and answers nonsense. What was trained on another model is found here by th
 import asyncio
 import re
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -39,6 +39,7 @@ _HALF: Final = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.default)?\.w
 # Packed weights (4 bit) are shorter than the layer that they stand for.
 _WHOLE_TYPES: Final = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2", "I8"})
 _MATRIX: Final = 2
+Change = Callable[..., Awaitable[ErrorResponse | str]]
 
 
 class AdapterProblem(Exception):
@@ -104,6 +105,21 @@ def check_before_loading(models: OpenAIServingModels, args: Namespace) -> None:
         return await load(request, base_model_name)
 
     models.load_lora_adapter = checked
+
+
+def tell_of_changes(models: OpenAIServingModels, tell: Callable[[], None]) -> None:
+    """Call `tell` whenever adapters were loaded or unloaded while the server runs, before the caller has its answer."""
+
+    def telling(change: Change) -> Change:
+        async def told(request: Any, *rest: Any) -> ErrorResponse | str:
+            answer = await change(request, *rest)
+            tell()
+            return answer
+
+        return told
+
+    models.load_lora_adapter = telling(models.load_lora_adapter)
+    models.unload_lora_adapter = telling(models.unload_lora_adapter)
 
 
 def _inspect(name: str, path: str, base: Base, *, enabled: bool) -> None:

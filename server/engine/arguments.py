@@ -114,7 +114,7 @@ def parse_arguments(flags: Sequence[str]) -> Namespace:
         if getattr(args, name, None) != parser.get_default(name):
             raise StartFailure(f"--{name.replace('_', '-')} is not supported. {reason}")
     if (args.api_server_count or 1) > 1:
-        raise StartFailure("--api-server-count above 1 is not supported yet. Start several replicas instead.")
+        raise StartFailure("--api-server-count is not supported as -asc or in vLLM's --config file. Write it out.")
     return args
 
 

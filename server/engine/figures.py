@@ -14,7 +14,7 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-from server.policy.forecast import Step
+from server.policy.forecast import NO_PART, Step, StepPart
 from server.policy.objectives import Unloaded
 from server.policy.reservations import Capacity
 
@@ -28,11 +28,19 @@ _FIRST_PROBE_TOKEN: Final = 100
 
 
 class EngineFigures:
-    """Makes vLLM report every step to `listener`. One object serves all engines of a data-parallel group."""
+    """Makes vLLM report every step to `listener`. One object serves all engines of a data-parallel group.
 
-    def __init__(self, listener: Callable[[Step], None], clock: Callable[[], float] = time.perf_counter) -> None:
+    `shared`: the engine has other front-ends as well. It gives its account of a step to one of them, and what the step
+    was for the requests of each to each; the parts are added up until an account comes.
+    """
+
+    def __init__(
+        self, listener: Callable[[Step], None], clock: Callable[[], float] = time.perf_counter, *, shared: bool = False
+    ) -> None:
         self._listener = listener
         self._clock = clock
+        self._shared = shared
+        self._part = NO_PART
         self._latest: dict[int, tuple[int, int, float]] = {}
         self._last_s: float | None = None
 
@@ -41,27 +49,35 @@ class EngineFigures:
         del vllm_config
         return _StepLogger(self, engine_index)
 
-    def record(self, engine_index: int, scheduled: SchedulerStats, done: IterationStats | None) -> None:
+    def record(self, engine_index: int, scheduled: SchedulerStats | None, done: IterationStats | None) -> None:
         """Take one step's statistics: a few additions, since every running stream waits meanwhile."""
+        if scheduled is not None or self._shared:
+            self.take(engine_index, scheduled, part_of(done))
+
+    def take(self, engine_index: int, scheduled: SchedulerStats | None, part: StepPart) -> None:
+        """Take an account of a step and a part of it, or a part alone, which belongs to the next account."""
+        if self._part is not NO_PART:
+            part = self._part + part
+        self._part = NO_PART if scheduled is not None else part
+        if scheduled is not None:
+            self._tell(engine_index, scheduled, part)
+
+    def _tell(self, engine_index: int, scheduled: SchedulerStats, part: StepPart) -> None:
         now_s = self._clock()
         waiting = scheduled.num_waiting_reqs + scheduled.num_skipped_waiting_reqs
         self._latest[engine_index] = (scheduled.num_running_reqs, waiting, scheduled.kv_cache_usage)
         running, waiting, usage = (sum(values) for values in zip(*self._latest.values(), strict=True))
-        gaps_s = done.inter_token_latencies_iter if done is not None else ()
-        firsts_s = done.time_to_first_tokens_iter if done is not None else ()
-        finished = len(done.finished_requests) if done is not None else 0
-        prompts = done.prompt_token_stats if done is not None else None
         step = Step(
             running=int(running),
             waiting=int(waiting),
             kv_usage_ratio=usage / len(self._latest),
-            preemptions=done.num_preempted_reqs if done is not None else 0,
-            itl_s=sum(gaps_s) / len(gaps_s) if gaps_s else None,
-            prefilled_tokens=prompts.computed if prompts is not None else 0,
-            cached_tokens=prompts.cached_tokens if prompts is not None else 0,
-            generated_tokens=done.num_generation_tokens if done is not None else 0,
-            prefilling=scheduled.num_running_reqs + finished > len(gaps_s),
-            duration_s=self._duration_s(now_s, max(firsts_s, default=None)),
+            preemptions=part.preempted,
+            itl_s=part.gaps_s / part.gaps if part.gaps else None,
+            prefilled_tokens=part.computed,
+            cached_tokens=part.cached,
+            generated_tokens=part.generated,
+            prefilling=scheduled.num_running_reqs + part.finished > part.gaps,
+            duration_s=self._duration_s(now_s, part.first_s),
         )
         self._last_s = now_s if running or waiting else None
         self._listener(step)
@@ -71,6 +87,23 @@ class EngineFigures:
         if self._last_s is not None:
             return now_s - self._last_s
         return first_token_s or 0.0
+
+
+def part_of(done: IterationStats | None) -> StepPart:
+    """What a step was for the requests of this process."""
+    if done is None:
+        return NO_PART
+    gaps_s, prompts = done.inter_token_latencies_iter, done.prompt_token_stats
+    return StepPart(
+        gaps=len(gaps_s),
+        gaps_s=sum(gaps_s),
+        first_s=max(done.time_to_first_tokens_iter, default=None),
+        finished=len(done.finished_requests),
+        preempted=done.num_preempted_reqs,
+        computed=prompts.computed,
+        cached=prompts.cached_tokens,
+        generated=done.num_generation_tokens,
+    )
 
 
 class _StepLogger(StatLoggerBase):
@@ -88,8 +121,7 @@ class _StepLogger(StatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         del mm_cache_stats, engine_idx
-        if scheduler_stats is not None:
-            self._figures.record(self._engine_index, scheduler_stats, iteration_stats)
+        self._figures.record(self._engine_index, scheduler_stats, iteration_stats)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: `ready` follows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from prometheus_client import Histogram
 from vllm.v1.metrics.loggers import PrometheusStatLogger
@@ -31,6 +32,11 @@ class StepwisePrometheusLogger(PrometheusStatLogger):
         if iteration_stats is not None:
             iteration_stats.inter_token_latencies_iter = latencies_s  # other loggers read them
         observe_all(self.histogram_inter_token_latency[engine_idx], latencies_s)
+
+
+def prometheus_logger(logger_manager: Any) -> PrometheusStatLogger:
+    """The logger of an engine that keeps vLLM's metrics."""
+    return next(logger for logger in logger_manager.stat_loggers if isinstance(logger, PrometheusStatLogger))
 
 
 def observe_all(histogram: Histogram, amounts: Sequence[float]) -> None:

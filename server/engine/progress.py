@@ -19,10 +19,14 @@ Output = TypeVar("Output")
 
 
 class Progress:
-    """What one engine request has consumed so far; all of it is 0 until the engine has it."""
+    """What one engine request has consumed so far; all of it is 0 until the engine has it.
+
+    `on_started` is told the engine's own name for each choice when it is given to the engine.
+    """
 
     def __init__(self) -> None:
         self._states: list[RequestState] = []
+        self.on_started: Callable[[str], None] | None = None
 
     @property
     def in_engine(self) -> bool:
@@ -56,6 +60,8 @@ class Progress:
     def follow(self, state: RequestState) -> None:
         if state not in self._states:  # streamed input adds to the same one
             self._states.append(state)
+            if self.on_started is not None:
+                self.on_started(state.request_id)
 
 
 _followed: ContextVar[Progress | None] = ContextVar("followed_progress", default=None)

@@ -39,6 +39,7 @@ _HOPELESS: Final = 3.0
 _DEADLINE_SHARE: Final = 0.7
 # A prompt that needs long by itself may take twice its own time, whatever the objective is.
 _OWN_FACTOR: Final = 2.0
+_SMALL: Final = Ask(0, 0)
 
 
 @dataclass(slots=True)
@@ -129,6 +130,11 @@ class Admission:
             return False
         tokens = self._promised() + (ask.prompt_tokens + ask.max_tokens + self.capacity.block_tokens) * ask.sequences
         return 2 * (self.ledger.sequences + ask.sequences) <= self.cap.soon and 2 * tokens <= self.capacity.kv_tokens
+
+    @property
+    def calm(self) -> bool:
+        """Whether a small request would be let in without anything worked out."""
+        return self._is_calm("default", _SMALL)
 
     def patience_s(self, terms: Terms, ask: Ask) -> float:
         """Seconds that a request may take to its first token."""

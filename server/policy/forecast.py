@@ -40,6 +40,38 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class StepPart:
+    """What one step was for the requests of one front-end. `gaps_s` is the sum of `gaps` times since a previous token,
+    `first_s` the longest time to a first token (None: there was none), `finished` counts requests, the rest is tokens.
+    """
+
+    gaps: int = 0
+    gaps_s: float = 0.0
+    first_s: float | None = None
+    finished: int = 0
+    preempted: int = 0
+    computed: int = 0
+    cached: int = 0
+    generated: int = 0
+
+    def __add__(self, other: "StepPart") -> "StepPart":
+        firsts_s = [first_s for first_s in (self.first_s, other.first_s) if first_s is not None]
+        return StepPart(
+            gaps=self.gaps + other.gaps,
+            gaps_s=self.gaps_s + other.gaps_s,
+            first_s=max(firsts_s, default=None),
+            finished=self.finished + other.finished,
+            preempted=self.preempted + other.preempted,
+            computed=self.computed + other.computed,
+            cached=self.cached + other.cached,
+            generated=self.generated + other.generated,
+        )
+
+
+NO_PART: Final = StepPart()
+
+
+@dataclass(frozen=True, slots=True)
 class Rates:
     """Smoothed rates; 0 where nothing was seen yet. `residence_s`: from a request's admission to its end."""
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Protocol
 
 from server.engine.calls import Call, Reply, StreamReply
 from server.policy.degradation import WISH_HEADER, context_factor, economical, governs, parse_wish
 from server.policy.ladder import Level
 from server.policy.refusals import Closed, NotDegraded, Overloaded
 from server.serving.canned import canned_reply
-from server.serving.ladder import LadderWatch
 from server.serving.requests import OpenRequest
 from server.telemetry.resilience import ResilienceMetrics
 
@@ -27,10 +26,23 @@ class DegradationRules:
     canned_reply: str | None
 
 
+class Levels(Protocol):
+    """Who knows the level."""
+
+    @property
+    def level(self) -> Level: ...
+
+    @property
+    def chosen(self) -> Level: ...
+
+    @property
+    def chosen_by_hand(self) -> bool: ...
+
+
 class Degradation:
     """Applies the level that counts now."""
 
-    def __init__(self, ladder: LadderWatch, rules: DegradationRules, metrics: ResilienceMetrics) -> None:
+    def __init__(self, ladder: Levels, rules: DegradationRules, metrics: ResilienceMetrics) -> None:
         self.ladder = ladder
         self._rules = rules
         self._metrics = metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from server.policy.edits import Edits
 from server.policy.forecast import Step
@@ -12,7 +12,7 @@ from server.policy.refusals import Refusal
 from server.policy.terms import DEFAULT_TERMS
 from server.serving.charging import Charging
 from server.serving.fitting import HistoryFitter
-from server.serving.queue import Gate
+from server.serving.queue import Slot
 from server.serving.requests import OpenRequest, Running, current_request
 from server.telemetry.traces import Traces
 
@@ -23,11 +23,23 @@ if TYPE_CHECKING:
 Output = TypeVar("Output")
 
 
+class Entrance(Protocol):
+    """A gate, as far as generations pass it."""
+
+    def slot(self, request: OpenRequest, demand: Demand) -> Slot:
+        """A place in the engine, for `async with`: entering waits for it. Raises `Overloaded` and `InvalidRequest`."""
+        ...
+
+    def stepped(self, step: Step) -> None:
+        """Take in the figures of one engine step."""
+        ...
+
+
 class Generation:
     """What happens at the engine's two seams, for every endpoint alike."""
 
     def __init__(
-        self, fitter: HistoryFitter, gate: Gate, charging: Charging, traces: Traces | None = None
+        self, fitter: HistoryFitter, gate: Entrance, charging: Charging, traces: Traces | None = None
     ) -> None:  # fmt: skip
         self._fitter = fitter
         self._gate = gate

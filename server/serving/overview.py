@@ -18,6 +18,7 @@ from server.policy.ladder import DESCRIPTIONS, Level
 from server.policy.tenants import Tenant
 from server.policy.terms import TRAFFIC_CLASSES
 from server.serving.batch_desk import BatchDesk
+from server.serving.elsewhere import Elsewhere
 from server.serving.engine_slot import EngineSlot
 from server.serving.glimpses import Glimpse
 from server.serving.ladder import LadderWatch
@@ -68,6 +69,7 @@ class Sights:
 
     versions: Mapping[str, str]
     readings: Readings
+    elsewhere: Elsewhere
     recent: RecentHappenings
     slot: EngineSlot
     requests: OpenRequests
@@ -90,7 +92,9 @@ class Overview:
 
     async def take(self) -> dict[str, Any]:
         """The snapshot. Times are Unix seconds, lengths of time seconds."""
-        sights, reading = self._sights, self._sights.readings.take()
+        sights = self._sights
+        open_elsewhere = await sights.elsewhere.gather()
+        reading = sights.readings.take()
         return {
             "object": "overview",
             "taken_at_s": round(time.time(), 3),
@@ -99,7 +103,7 @@ class Overview:
             "engine": self._engine(reading),
             "level": {**sights.ladder.status(), "levels": _levels()},
             "limits": {"mode": sights.limiter.mode, "replicas": sights.limiter.replicas},
-            "requests": self._requests(),
+            "requests": self._requests(open_elsewhere),
             "kv": self._kv(),
             "counters": _counters(reading),
             "histograms": {name: _histogram(reading.distribution(metric)) for name, metric in HISTOGRAMS.items()},
@@ -121,10 +125,10 @@ class Overview:
             "failed_restarts": int(reading.total(_FAILED_RESTARTS) or 0),
         }
 
-    def _requests(self) -> dict[str, Any]:
+    def _requests(self, open_elsewhere: int) -> dict[str, Any]:
         admission = self._sights.gate.admission
         return {
-            "open": len(self._sights.requests),
+            "open": len(self._sights.requests) + open_elsewhere,
             "running": {name: admission.ledger.running(name) for name in TRAFFIC_CLASSES},
             "waiting": {name: admission.backlog.size(name) for name in TRAFFIC_CLASSES},
             "running_cap": admission.cap.limit if admission.capacity is not None else None,

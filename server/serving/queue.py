@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-_POSITION: Final = "x-queue-position"
-_WAIT: Final = "x-queue-wait"
+POSITION_HEADER: Final = "x-queue-position"
+WAIT_HEADER: Final = "x-queue-wait"
 _LOOK_AGAIN_S: Final = 0.5
 _TIMER_RESOLUTION_S: Final = 0.01  # an event loop's timer may be early by some milliseconds
 # A call of many prompts is taken or refused by its first one. The others may take their time, and let other calls of
@@ -50,6 +50,54 @@ class Surroundings:
     clock: Callable[[], float] = time.monotonic
     jitter: Callable[[], float] = random.random
     traces: Traces = field(default_factory=Traces)
+
+
+class Spent(Protocol):
+    """What an engine request has consumed so far."""
+
+    @property
+    def prefilled(self) -> bool: ...
+
+    @property
+    def completion_tokens(self) -> int: ...
+
+    @property
+    def cached_tokens(self) -> int: ...
+
+
+class Wanted(Protocol):
+    """What an engine request asks for."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def progress(self) -> Spent: ...
+
+
+class Places(Protocol):
+    """Where slots come from, and what they tell."""
+
+    @property
+    def traces(self) -> Traces: ...
+
+    def enter(self, slot: Slot) -> None:
+        """Begin to wait, or go in at once."""
+        ...
+
+    def enter_again(self, slot: Slot, held: Held) -> None:
+        """Wait again, in front, after a place was given up."""
+        ...
+
+    def leave(self, slot: Slot) -> None:
+        """Give back whatever the slot has."""
+        ...
 
 
 class Gate:
@@ -105,6 +153,11 @@ class Gate:
         """The predicted wait for a first token in units of its objective."""
         return self.admission.pressure(self.clock())
 
+    @property
+    def calm(self) -> bool:
+        """Whether the cheap question need not be asked."""
+        return self.admission.calm
+
     def knock(self, request: OpenRequest, least_prompt_tokens: int) -> None:
         """The cheap question before anything is tokenized. Raises `Overloaded` for what would surely be refused."""
         request.arrived_s, request.at_gate = (now_s := self.clock()), 0
@@ -132,8 +185,8 @@ class Gate:
         self._queue(slot, verdict.ticket)
         self._let_in()
         if slot.held is None:
-            position = max(verdict.position, int(request.headers.get(_POSITION, "0")))
-            request.headers[_POSITION] = str(position)
+            position = max(verdict.position, int(request.headers.get(POSITION_HEADER, "0")))
+            request.headers[POSITION_HEADER] = str(position)
 
     def enter_again(self, slot: Slot, held: Held) -> None:
         """Wait again, in front, after a place was given up."""
@@ -184,8 +237,8 @@ class Gate:
         slot.held = held
         self._running[held.ticket.number] = self._prefilling[held.ticket.number] = slot
         waited_s = max(0.0, held.admitted_s - (slot.request.arrived_s or held.admitted_s))
-        slot.request.headers[_WAIT] = f"{waited_s:.3f}"
-        slot.request.headers.setdefault(_POSITION, "0")
+        slot.request.headers[WAIT_HEADER] = f"{waited_s:.3f}"
+        slot.request.headers.setdefault(POSITION_HEADER, "0")
         slot.request.figures.waited(waited_s)
         self._metrics.admitted(held.ticket.traffic_class, waited_s)
         if slot.timer is not None:
@@ -235,7 +288,7 @@ class Slot:
     `finished` is set by whoever saw the engine's last output.
     """
 
-    def __init__(self, gate: Gate, request: OpenRequest, demand: Demand) -> None:
+    def __init__(self, gate: Places, request: OpenRequest, demand: Wanted) -> None:
         self.request = request
         self.ask = Ask(demand.prompt_tokens, demand.max_tokens, demand.n)
         self.ticket: Ticket | None = None

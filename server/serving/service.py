@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import structlog
 
@@ -30,7 +30,6 @@ from server.serving.degradation import Degradation
 from server.serving.engine_slot import EngineSlot
 from server.serving.fallback import Fallback
 from server.serving.fitting import HistoryFitter, described
-from server.serving.queue import Gate
 from server.serving.recovery import Recovery
 from server.serving.requests import DryRun, OpenRequest, OpenRequests
 from server.serving.several import OneByOne
@@ -80,12 +79,20 @@ class BodyRules:
     max_tokens: MaxTokensDefaults
 
 
+class Knockable(Protocol):
+    """A gate, as far as requests ask it before anything is tokenized."""
+
+    def knock(self, request: OpenRequest, least_prompt_tokens: int) -> Awaitable[None] | None:
+        """Raise `Overloaded` for what would surely be refused, at once or when the answer is awaited."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Guards:
     """What stands around the engine. `restart_wait_s`: how long a request waits while a dead one is replaced.
     `one_by_one` answers calls of several prompts of which one is bad."""
 
-    gate: Gate
+    gate: Knockable
     charging: Charging
     recovery: Recovery
     degradation: Degradation
@@ -163,8 +170,8 @@ class Service:
             raise Unsupported(f"{who} does not support {call.method} {call.route}.")
         if (call.method == "POST" and call.route != _CANCEL_ROUTE) or call.route == _TOKENIZER_ROUTE:
             _refuse_foreign_models(call.body or {}, stack.model_names[0], request.tenant)
-        if call.route in GATED_ROUTES and call.body is not None:
-            self._knock(call, call.body, stack, request)
+        if call.route in GATED_ROUTES and (asked := self._knock(call, stack, request)) is not None:
+            await asked
         body = None if call.body is None else self._ruled(call, call.body, stack, request)
         if call.method == "POST" and call.route not in _FREE_ROUTES:
             request.model_name = request.model or stack.model_names[0]
@@ -211,12 +218,14 @@ class Service:
             raise Unsupported("This model's histories are not fitted.")
         return Reply(json.dumps(described(dry_run.report)).encode(), "application/json")
 
-    def _knock(self, call: Call, body: dict[str, Any], stack: Stack, request: OpenRequest) -> None:
+    def _knock(self, call: Call, stack: Stack, request: OpenRequest) -> Awaitable[None] | None:
         """Settle how the request waits, and refuse it before any work on it if it would wait too long."""
+        if (body := call.body) is None:
+            return None
         timeout = next((value for name, value in call.headers if name == _TIMEOUT_HEADER), None)
         asked = terms_of(body, None if timeout is None else timeout.decode("latin-1"), request.tenant.traffic_class)
         request.terms = replace(asked, offline=True) if request.of_batch else asked
-        self._gate.knock(request, least_prompt_tokens(body, stack.max_model_len))
+        return self._gate.knock(request, least_prompt_tokens(body, stack.max_model_len))
 
     def _ruled(self, call: Call, body: dict[str, Any], stack: Stack, request: OpenRequest) -> dict[str, Any]:
         refuse_closed_fields(body, self._rules.opened_fields)

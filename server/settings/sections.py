@@ -52,6 +52,10 @@ class Listen(BaseModel):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     uds: str | None = Field(None, description="Unix socket to listen on instead of host and port.")
+    api_server_count: int = Field(
+        1, ge=1, le=64, description="Front-end processes on the one engine and port. More than one where a single "
+        "process's CPU limits the server."
+    )  # fmt: skip
     root_path: str = Field("", description="Path prefix that a proxy in front strips.")
     ssl_keyfile: str | None = Field(None, description="TLS key file.")
     ssl_certfile: str | None = Field(None, description="TLS certificate file.")

@@ -35,13 +35,17 @@ async def reach_problem(redis_url: str, timeout_s: float = _PATIENCE_S) -> str |
 class Store:
     """One Redis and what stands on it. Raises `BadRedisUrl`; nothing is reached before `running`.
 
+    `runs_embedded` False: another process of the same server runs the embedded one, if that is used.
     `client` gives up soon, since requests wait for it; `patient_client` is for what an operator asks.
     """
 
-    def __init__(self, redis_url: str | None, data_folder: Path, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, redis_url: str | None, data_folder: Path, timeout_s: float = TIMEOUT_S, *, runs_embedded: bool = True
+    ) -> None:
         self.replica = uuid.uuid4().hex[:12]
         self._folder = data_folder / _EMBEDDED_FOLDER
         self._embedded = EmbeddedRedis(self._folder) if redis_url is None else None
+        self._runs_embedded = runs_embedded
         url = self._embedded.url if self._embedded is not None else redis_url or ""
         self.client = connect(url, timeout_s)
         self.patient_client = connect(url, max(_PATIENCE_S, timeout_s))
@@ -65,7 +69,8 @@ class Store:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Entering waits for nothing; leaving tells Redis what is still to be told, then ends the embedded one."""
-        async with _kept(self._embedded), aclosing(self.client), aclosing(self.patient_client), self.limiter.running():
+        embedded = self._embedded if self._runs_embedded else None
+        async with _kept(embedded), aclosing(self.client), aclosing(self.patient_client), self.limiter.running():
             yield
 
 

@@ -12,6 +12,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from server.telemetry.merging import MergedRegistry, snapshot
 from server.telemetry.tenants import TenantMetrics
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -26,12 +27,13 @@ _FIT_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 class Metrics:
     """Our metrics on one registry. Labels are bounded: routes are templates, never paths.
 
-    `tenants_shown`: how many tenants have a label of their own.
+    `tenants_shown`: how many tenants have a label of their own. `merged` has those of other processes as well.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, tenants_shown: int = TENANTS_SHOWN) -> None:
         self._registry = registry
         self.tenants = TenantMetrics(tenants_shown)
+        self.merged = MergedRegistry(registry, self.tenants)
         self._http_requests = Counter(
             "tidegate_http_requests_total", "HTTP requests by route and status", ("method", "route", "status"),
             registry=registry,
@@ -122,4 +124,8 @@ class Metrics:
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""
-        return generate_latest(self._registry) + self.tenants.page().encode()
+        return generate_latest(self.merged) + self.merged.tenants_page().encode()
+
+    def snapshot(self) -> bytes:
+        """The figures of this process alone, for another one to show."""
+        return snapshot(self._registry, self.tenants)

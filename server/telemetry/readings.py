@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry
 from prometheus_client.samples import Sample
 
+from server.telemetry.merging import MergedRegistry
+
 _PARTS = ("bucket", "sum")
 
 
@@ -49,7 +51,9 @@ class Reading:
 class Readings:
     """Some metrics of a registry, named once, read as often as somebody looks."""
 
-    def __init__(self, registry: CollectorRegistry, counters: Iterable[str], histograms: Iterable[str]) -> None:
+    def __init__(
+        self, registry: CollectorRegistry | MergedRegistry, counters: Iterable[str], histograms: Iterable[str]
+    ) -> None:
         self._registry = registry
         self._names = {*counters, *(f"{name}_{part}" for name in histograms for part in _PARTS)}
 

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 Kind = Literal["refusal", "truncation"]
 
@@ -35,6 +35,12 @@ class Entry:
     count: int
     first_s: float
     last_s: float
+
+
+class Notes(Protocol):
+    """Where happenings are noted."""
+
+    def note(self, happening: Happening) -> None: ...
 
 
 class RecentHappenings:

@@ -196,6 +196,11 @@ def test_replicas_without_a_shared_redis_are_refused() -> None:
         settings_for_ray(["model"])
 
 
+def test_a_replica_has_one_front_end() -> None:
+    with pytest.raises(CannotServe, match="--api-server-count"):
+        settings_for_ray([REDIS, "--api-server-count=2"])
+
+
 def test_a_wrong_flag_is_refused_with_the_sentence_of_the_command_line() -> None:
     with pytest.raises(CannotServe, match="--drain-timeout"):
         settings_for_ray([REDIS, "--drain-timeout=-1"])

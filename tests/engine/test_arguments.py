@@ -14,6 +14,7 @@ from server.engine.arguments import (
     parse_arguments,
     vllm_help,
 )
+from server.engine.sharing import refuse_unshareable
 from server.engine.start_failures import StartFailure
 
 pytestmark = pytest.mark.engine
@@ -268,3 +269,13 @@ def test_an_adapter_in_the_place_of_the_model_is_told_where_it_goes(tmp_path: Pa
     (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(StartFailure, match=f"--lora-modules NAME={tmp_path}"):
         complete_arguments(parse_arguments([str(tmp_path)]))
+
+
+@pytest.mark.parametrize("flags", [["--data-parallel-size", "2"], ["--mm-tensor-ipc", "torch_shm"]])
+def test_what_belongs_to_one_process_is_refused_beside_further_front_ends(flags: list[str]) -> None:
+    with pytest.raises(StartFailure, match=flags[0]):
+        refuse_unshareable(parse_arguments(["m", *flags]))
+
+
+def test_other_flags_go_with_further_front_ends() -> None:
+    refuse_unshareable(parse_arguments(["m", "--tensor-parallel-size", "2"]))

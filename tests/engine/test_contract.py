@@ -222,6 +222,44 @@ def test_spans_are_made_for_the_provider_of_the_process_where_two_attributes_say
     assert "trace.get_tracer(" in inspect.getsource(otel.manual_instrument_otel)
 
 
+def test_an_engine_can_be_told_of_further_front_ends_and_joined_by_them() -> None:
+    """Addresses are lists that we add to; a client of another process's engine waits for one message of its own."""
+    from vllm.v1.engine import EngineCoreRequestType, core_client
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.engine.core_client import AsyncMPClient, MPClient
+
+    assert _parameters(core_client.launch_core_engines) == ["vllm_config", "executor_class", "log_stats", "addresses"]
+    made = inspect.getsource(MPClient.__init__)
+    assert "with launch_core_engines(\n                    vllm_config, executor_class, log_stats, addresses\n" in made
+    for line in (
+        'input_address = client_addresses["input_address"]',
+        'output_address = client_addresses["output_address"]',
+        "sync_input_socket = zmq.Socket.shadow(self.input_socket)",
+        "identity, payload = sync_input_socket.recv_multipart()",
+        'rank.to_bytes(2, "little") for rank in self.engine_ranks_managed',
+    ):
+        assert line in made, line
+    assert "if payload" in inspect.getsource(MPClient._apply_ready_response)
+    assert "except asyncio.CancelledError:" in inspect.getsource(AsyncMPClient._ensure_output_queue_task)
+    assert "request.client_index = self.client_index" in inspect.getsource(AsyncMPClient.add_request_async)
+    assert _parameters(AsyncMPClient._send_input) == ["request_type", "request", "engine"]
+    assert EngineCoreRequestType.ABORT.value
+    assert "for input_address in input_addresses" in inspect.getsource(EngineCoreProc.process_input_sockets)
+    assert "sockets[client_index]" in inspect.getsource(EngineCoreProc.process_output_sockets)
+
+
+def test_the_account_of_a_step_can_be_sent_to_another_process() -> None:
+    """It goes to one front-end, and vLLM's metrics of it can be counted without one of a request."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.metrics.stats import PrefixCacheStats
+
+    from server.engine.shared_steps import _ENCODER, account
+
+    stats = SchedulerStats(num_running_reqs=2, kv_cache_usage=0.5, prefix_cache_stats=PrefixCacheStats(queries=7))
+    assert account(_ENCODER.encode(stats)) == stats
+    assert "next(iter(engine_core_outputs.values()), None)" in inspect.getsource(Scheduler.update_from_output)
+
+
 def test_a_step_is_reported_to_every_stat_logger() -> None:
     from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 

@@ -142,6 +142,7 @@ class FakeProgress:
     prefilled: bool = False
     completion_tokens: int = 0
     cached_tokens: int = 0
+    on_started: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +155,9 @@ class _Demand:
     fills_window: bool = False
 
 
-def demand(prompt_tokens: int = 7, progress: FakeProgress | None = None) -> "Demand":
+def demand(prompt_tokens: int = 7, progress: FakeProgress | None = None, n: int = 1) -> "Demand":
     """What an engine request asks for."""
-    return cast("Demand", _Demand(prompt_tokens, progress or FakeProgress()))
+    return cast("Demand", _Demand(prompt_tokens, progress or FakeProgress(), n=n))
 
 
 def open_demand(prompt_tokens: int, progress: FakeProgress) -> "Demand":

@@ -12,7 +12,7 @@ from server.policy.refusals import Closed, NotDegraded, Overloaded
 from server.policy.tenants import Tenant
 from server.serving.engine_slot import EngineSlot
 from server.serving.fallback import Upstream
-from server.serving.ladder import LocalPins
+from server.serving.ladder import LadderWatch, LocalPins
 from server.serving.requests import OpenRequest, OpenRequests
 from server.serving.service import BodyRules, Service
 from tests.serving.fake_stack import FakeStack, RecordingOperation, new_fitter, new_guards, slot_with
@@ -34,6 +34,7 @@ class Desk:
         self.slot = slot or slot_with(self.stack)
         self._pins = LocalPins()
         parts = new_guards(self.slot, pins=self._pins, restart_wait_s=0.01, **resilience)
+        assert isinstance(parts.degradation.ladder, LadderWatch)
         self.ladder = parts.degradation.ladder
         rules = BodyRules(frozenset(), MaxTokensDefaults())
         self._service = Service(self.slot, OpenRequests(), rules, new_fitter(), parts)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from server.lifecycle import _all_flags
+from server.lifecycle.process import _all_flags
 from server.settings import load_settings
 from server.store.ending import ended
 

@@ -1,0 +1,1 @@
+"""The lives of the processes: the first one, which owns the engine, and the front-ends beside it."""

@@ -1,0 +1,53 @@
+"""The HTTP server of a process."""
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import Any, Final
+
+import uvicorn
+
+from server.settings import Settings
+
+# Longer than proxies keep theirs (nginx: 60 s): a connection that both may close is closed under a request some day.
+_KEEP_ALIVE_S: Final = 75
+_HTTP_STOP_TIMEOUT_S: Final = 5
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: a signal drains first and stops HTTP last."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def public_config(settings: Settings, application: Any) -> uvicorn.Config:
+    """For the address that clients call."""
+    return _config(
+        application,
+        settings.forwarded_allow_ips,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_ca_certs=settings.ssl_ca_certs,
+        ssl_cert_reqs=settings.ssl_cert_reqs,
+        ssl_ciphers=settings.ssl_ciphers,
+    )
+
+
+def private_config(application: Any) -> uvicorn.Config:
+    """For a socket that only the server's own processes can open: what they say of the client is true."""
+    return _config(application, ("*",))
+
+
+def _config(application: Any, forwarded_allow_ips: Sequence[str], **tls: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        application,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_HTTP_STOP_TIMEOUT_S,
+        forwarded_allow_ips=list(forwarded_allow_ips),
+        **tls,
+    )
