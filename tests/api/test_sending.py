@@ -33,15 +33,17 @@ async def test_a_client_that_does_not_read_is_let_go_and_frees_the_engine() -> N
 
 
 async def test_a_client_that_reads_slowly_but_steadily_is_served() -> None:
+    """Each message goes out in time, and all together do not."""
+
     class Slow(ScriptedClient):
         async def send(self, message: Any) -> None:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.15)
             await super().send(message)
 
     operation = StreamingOperation()
     operation.say("one", "two", "three", "four")
     operation.end()
-    client = await Desk(operation, limits=IMPATIENT).answered(Slow())
+    client = await Desk(operation, limits=WireLimits(1000, keep_alive_s=60, slow_reader_timeout_s=0.5)).answered(Slow())
     assert "four" in client.text
 
 
