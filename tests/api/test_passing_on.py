@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.middleware import Exchange
 from server.api.direct import DirectRoutes
+from server.api.middleware import Exchange
 from server.api.passing_on import PassingOn, answered_here
 from server.app import build_application
 from server.settings import Settings
