@@ -46,9 +46,7 @@ def settings_for_ray(flags: Sequence[str]) -> tuple[Settings, tuple[str, ...]]:
             "Replicas keep one limit for all through one Redis: name it with --redis-url or TIDEGATE_REDIS_URL."
         )
     if settings.api_server_count > 1:
-        raise CannotServe(
-            "Ray Serve calls a replica in one process: leave --api-server-count out, and add replicas."
-        )
+        raise CannotServe("Ray Serve calls a replica in one process: leave --api-server-count out, and add replicas.")
     usual = {"host": "0.0.0.0", "port": FIRST_PORT, "batches": settings.batch_folder is not None}  # noqa: S104
     unset = {name: value for name, value in usual.items() if name not in settings.model_fields_set}
     return settings.model_copy(update=unset), vllm_args
