@@ -26,7 +26,7 @@ _MAX_RESERVE_TOKENS: Final = 1024
 _HISTORY_BAR: Final = 0.85
 _LEAST_EXCHANGE_TOKENS: Final = 32
 _WINDOWS: Final = (2048, 8192)
-_RATIOS: Final = (0.6, 0.7, 0.75, 0.8, 0.9)
+_RATIOS: Final = (0.6, 0.7, 0.76, 0.8, 0.9)
 _TABLE_WIDTH: Final = 200
 
 CountAll = Callable[[list[str]], list[int]]
@@ -179,7 +179,7 @@ def _shown(lines: Iterable[Line], ratios: Sequence[float]) -> Table:
 @click.option("--window", "windows", type=click.IntRange(512), multiple=True, help="Repeatable. [default: 2048, 8192]")
 @click.option(
     "--ratio", "ratios", type=click.FloatRange(0, 1, min_open=True), multiple=True,
-    help="Repeatable. [default: 0.6, 0.7, 0.75, 0.8, 0.9]",
+    help="Repeatable. [default: 0.6, 0.7, 0.76, 0.8, 0.9]",
 )  # fmt: skip
 @click.option(
     "--kind", "kinds", type=click.Choice(conversations.KINDS), multiple=True, help="Repeatable. [default: all]"

@@ -17,6 +17,7 @@ from server.api import errors
 from server.api.answer import WireLimits
 from server.api.batches import batches_router
 from server.api.console import console_router, overview_router
+from server.api.direct import DirectRoutes
 from server.api.errors import Dialect
 from server.api.files import files_router
 from server.api.level import level_router
@@ -125,7 +126,7 @@ def build_application(
         parts.figures, RequestMetrics(parts.gate.admission, registry), parts.traces, recent, settings.access_log
     )
     return Application(
-        asgi=_with_cors(Exchange(api, reporting), settings),
+        asgi=_with_cors(Exchange(DirectRoutes(api, on_refusal, _on_error), reporting), settings),
         slot=parts.slot,
         requests=parts.requests,
         generation=Generation(parts.fitter, parts.gate, parts.charging, parts.traces),
@@ -156,7 +157,7 @@ def build_front_end(
     api.include_router(_status(parts.service, versions, parts.figures, Elsewhere()))
     seen = RequestMetrics(parts.objectives, registry)
     reporting = Reporting(parts.figures, seen, parts.traces, ToldHappenings(tell), settings.access_log)
-    asgi = _with_cors(Exchange(api, reporting), settings)
+    asgi = _with_cors(Exchange(DirectRoutes(api, on_refusal, _on_error), reporting), settings)
     here = answered_here(keeps_responses=os.environ.get(_KEEPS_RESPONSES, "0") != "0", root_path=settings.root_path)
     passing_on = PassingOn(asgi, first_process, here, settings.slow_reader_timeout_s)
     return FrontEndApplication(

@@ -6,8 +6,8 @@ and the cleanup runs in that task.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Awaitable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,6 +22,7 @@ from server.api.body import ClientLeft, parse_json_object, read_body
 from server.api.disconnect import CancelOnDisconnect
 from server.api.errors import Dialect
 from server.api.sending import SEND_BODY, WatchedSend, send_now
+from server.api.waiting import Reminder
 from server.engine.calls import Call, DirectFrames, Frame, Reply, StreamReply
 from server.policy.refusals import GenerationFailed, Refusal
 from server.policy.tenants import ANYONE
@@ -94,6 +95,7 @@ class OwnedResponse(Response):
         body = None
         if request.method == "POST":
             raw = await read_body(receive, headers, self._limits.max_body_bytes)
+            await self._service.turnstile.turn(len(raw))
             body = parse_json_object(raw, headers) if raw or "content-type" in headers else {}
         return Call(
             method=request.method,
@@ -141,7 +143,7 @@ class OwnedResponse(Response):
         return await self._service.answer(call, opened)
 
     def _expected_media_type(self, call: Call) -> str:
-        """In what a client can be kept waiting: comments are for event streams."""
+        """In what a client may be kept waiting."""
         return "text/event-stream" if call.body is not None and call.body.get("stream") is True else ""
 
     async def _whole(self, reply: Reply, opened: OpenRequest) -> None:
@@ -171,7 +173,8 @@ class OwnedResponse(Response):
                     continue
                 held.append(data)
                 if opened.producing:
-                    await _cancelled(waiting)
+                    if waiting is not None:
+                        await waiting.stop()
                     self._sent = flowing = True
                     opened.figures.first_frame_s = time.perf_counter()
                     await self._send_frames(b"".join(held), reply.media_type, opened)
@@ -187,25 +190,19 @@ class OwnedResponse(Response):
     def _write(self, frame: Frame) -> Awaitable[None] | None:
         return send_now(self._send, {"type": "http.response.body", "body": _bytes(frame), "more_body": True})
 
-    @asynccontextmanager
-    async def _kept_alive(self, media_type: str, opened: OpenRequest) -> AsyncIterator[asyncio.Task[None]]:
-        """Inside it, comments go out while the client waits."""
-        waiting = asyncio.create_task(self._keep_alive(media_type, opened))
-        try:
-            yield waiting
-        finally:
-            await _cancelled(waiting)
+    def _kept_alive(self, media_type: str, opened: OpenRequest) -> AbstractAsyncContextManager[Reminder | None]:
+        """Inside it, comments go out while the client waits: proxies cut a stream whose first token is long in coming.
+
+        Only event streams can carry comments.
+        """
+        if not media_type.startswith("text/event-stream"):
+            return nullcontext()
+        return Reminder(self._limits.keep_alive_s, lambda: self._send_frames(_WAITING, media_type, opened))
 
     async def _send_frames(self, frames: bytes, media_type: str, opened: OpenRequest) -> None:
         if not self._head_sent:
             await self._start(200, media_type, {**_SSE_HEADERS, **opened.headers})
         await self._send({"type": "http.response.body", "body": frames, "more_body": True})
-
-    async def _keep_alive(self, media_type: str, opened: OpenRequest) -> None:
-        """Keep proxies from cutting a stream whose first token is long in coming."""
-        while media_type.startswith("text/event-stream"):
-            await asyncio.sleep(self._limits.keep_alive_s)
-            await self._send_frames(_WAITING, media_type, opened)
 
     async def _refuse(self, refusal: Refusal, opened: OpenRequest) -> None:
         self._request.state.refusal = refusal
@@ -231,8 +228,3 @@ class OwnedResponse(Response):
 
 def _bytes(frame: Frame) -> bytes:
     return frame.encode() if isinstance(frame, str) else frame
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait({task})

@@ -1,15 +1,15 @@
 """The routes that exist. They are an allow-list: an endpoint of vLLM that is not named here cannot be reached."""
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 
 from server.api.answer import OwnedResponse, WireLimits
 from server.api.auth import Callers
+from server.api.direct import DirectRoute
 from server.api.edge import Edge
 from server.api.errors import Dialect
 from server.policy.refusals import ModelNotFound, OperatorsOnly
@@ -75,14 +75,6 @@ DEVELOPER_ROUTES: Final = (
 )
 
 
-class _DirectRoute(APIRoute):
-    """A route whose endpoint takes the request and gives the response, so that FastAPI has nothing to solve for it."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
-        return handler
-
-
 def operations_router(
     service: Service, limits: WireLimits, callers: Callers, edge: Edge, *, developer_routes: bool
 ) -> APIRouter:
@@ -107,7 +99,7 @@ def operations_router(
             methods=[route.method],
             response_class=Response,
             name=f"{route.method} {route.path}",
-            route_class_override=_DirectRoute,
+            route_class_override=DirectRoute,
         )
 
     @router.get("/v1/models/{model_id:path}", dependencies=[Depends(edge.model_list), Depends(callers)])

@@ -1,8 +1,9 @@
 """What goes into an engine operation and what comes out, free of HTTP machinery and of vLLM."""
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from server.policy.refusals import Refusal
 
@@ -24,14 +25,13 @@ class Frames(Protocol):
 Write = Callable[[Frame], Awaitable[None] | None]
 
 
-@runtime_checkable
-class DirectFrames(Frames, Protocol):
+class DirectFrames(ABC):
     """Frames that need not all come through `__anext__`."""
 
+    @abstractmethod
     def flow_to(self, write: Write) -> None:
         """Called between two frames, when the last one is sent: frames may be written from now on while the next one
         is awaited."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, cast
 
 from vllm.renderers.chat_utils import has_non_text_content
@@ -54,6 +55,7 @@ class MessageCounter:
     def __init__(self, tokenizer: TokenizerLike, max_entries: int) -> None:
         # A copy of its own: the renderer sets truncation on the original while it encodes in another thread.
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._backend = _unlimited(getattr(self._tokenizer, "backend_tokenizer", None))
         self._half = max(1, max_entries // 2)
         # Keyed by Python's own hash of 64 bits, which is salted for each process, so nobody can make two texts collide.
         self._recent: dict[int, int] = {}
@@ -61,6 +63,14 @@ class MessageCounter:
 
     def __len__(self) -> int:
         return len(self._recent) + len(self._older)
+
+    @property
+    def encode(self) -> Callable[[str, bool], list[int]] | None:
+        """The token ids of a text, with special tokens around it or not; None for a tokenizer that is no fast one.
+
+        It changes nothing, so it may run in two threads at a time.
+        """
+        return None if self._backend is None else partial(_encoded, self._backend)
 
     async def count(self, texts: Sequence[str]) -> list[int]:
         """The tokens of each text."""
@@ -94,10 +104,22 @@ class MessageCounter:
 
     def _encode(self, texts: list[str]) -> list[int]:
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON can hold lone surrogates
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        if self._backend is None:
             return [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-        return [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [len(encoding) for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _unlimited(backend: Any) -> Any:
+    """A fast tokenizer without the limits that its file may set, as every call of it by vLLM takes them off."""
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
+
+
+def _encoded(backend: Any, text: str, special: bool) -> list[int]:
+    token_ids: list[int] = backend.encode(text, add_special_tokens=special).ids
+    return token_ids
 
 
 def plain_texts(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:

@@ -23,6 +23,7 @@ _PROBE_PROMPT_TOKENS: Final = 256
 _PROBE_TOKENS: Final = 8
 _WARM_UP_TOKENS: Final = 2
 _PROBE_TIMEOUT_S: Final = 2.0
+_LONG_PROBE_S: Final = 0.5
 _FIRST_PROBE_TOKEN: Final = 100
 
 
@@ -136,7 +137,8 @@ def capacity_of(config: VllmConfig) -> Capacity:
 async def measure_unloaded(engine: AsyncLLM) -> Unloaded | None:
     """Generate a few tokens, and time them; None where that takes more than two seconds or is not possible.
 
-    A first request, which is always slow, goes before. The requests do not pass our seam.
+    A first request, which is always slow, goes before. The requests do not pass our seam. An engine that is through
+    with the prompt in hardly more than a step's own time gets a longer one: what it has to spare shows only there.
     """
     if engine.model_config.is_encoder_decoder:
         return None
@@ -146,8 +148,23 @@ async def measure_unloaded(engine: AsyncLLM) -> Unloaded | None:
             await _timed(engine, 1, _WARM_UP_TOKENS)
             times_s = await _timed(engine, prompt_tokens, _PROBE_TOKENS)
         ttft_s, rest_s = times_s[0], times_s[-1] - times_s[0]
-        return Unloaded(ttft_s, rest_s / max(1, len(times_s) - 1), prompt_tokens / ttft_s)
+        rate = await _rate_of_a_long_prompt(engine, prompt_tokens, prompt_tokens / ttft_s)
+        return Unloaded(ttft_s, rest_s / max(1, len(times_s) - 1), rate)
     return None
+
+
+async def _rate_of_a_long_prompt(engine: AsyncLLM, measured_tokens: int, rate: float) -> float:
+    """Prompt tokens per second, by a prompt that fills a step; `rate` where one would take too long."""
+    config = engine.vllm_config
+    most = min(config.model_config.max_model_len // 2, config.scheduler_config.max_num_batched_tokens)
+    prompt_tokens = min(most, int(rate * _LONG_PROBE_S))
+    if prompt_tokens < 2 * measured_tokens:
+        return rate
+    with suppress(TimeoutError, EngineGenerateError, ValueError):
+        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            (ttft_s,) = await _timed(engine, prompt_tokens, 1)
+            return max(rate, prompt_tokens / ttft_s)
+    return rate
 
 
 async def _timed(engine: AsyncLLM, prompt_tokens: int, tokens: int) -> list[float]:

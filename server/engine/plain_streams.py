@@ -22,7 +22,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.serve.utils.api_utils import should_include_usage
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from server.engine.calls import Write
+from server.engine.calls import DirectFrames, Write
 from server.engine.progress import progress_here
 from server.engine.shortcut import DELIVERED, Delivered, open_shortcut
 
@@ -109,7 +109,7 @@ class _Feed(Generic[Item]):
             return None
 
 
-class SplicedFrames(Generic[Item]):
+class SplicedFrames(DirectFrames, Generic[Item]):
     """The frames of `vllm_frames(items)`, most of them made here."""
 
     def __init__(

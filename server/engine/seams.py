@@ -39,7 +39,7 @@ from server.engine.conversations import (
     without_token_slicing,
 )
 from server.engine.counting import MessageCounter, Overheads, length_or_none, measure_overheads
-from server.engine.near_work import do_short_work_near, is_short, short_work
+from server.engine.near_work import are_short, do_short_work_near, is_short, short_work
 from server.engine.progress import Progress, follow_requests, followed
 from server.engine.thinking import Spot, spots_left_out
 from server.policy.forecast import Step
@@ -172,17 +172,16 @@ class SeamedRenderer(OnlineRenderer):
         *,
         skip_mm_cache: bool = False,
     ) -> list[EngineInput]:
-        parent = super().preprocess_completion
+        parent, prompts = super().preprocess_completion, plain_prompts(prompt_input)
 
         async def render_newest(limit: int | None) -> list[EngineInput]:
             if limit is not None:
                 request.truncate_prompt_tokens, request.truncation_side = limit, "left"
-            return await parent(request, prompt_input, prompt_embeds, skip_mm_cache=skip_mm_cache)
+            with short_work(prompt_embeds is None and are_short(prompts)):
+                return await parent(request, prompt_input, prompt_embeds, skip_mm_cache=skip_mm_cache)
 
         window = self.model_config.max_model_len
-        return await self.seams.render_text(
-            TextPrompts(plain_prompts(prompt_input), window, self.counter, render_newest)
-        )
+        return await self.seams.render_text(TextPrompts(prompts, window, self.counter, render_newest))
 
     async def bare_length(self, messages: list[dict[str, Any]], params: ChatParams) -> int:
         """The tokens of a conversation as the template prints it, without any limit or side effect."""
@@ -212,9 +211,9 @@ async def open_renderer_seam(renderer: OnlineRenderer, seams: Seams, count_cache
     """
     renderer.__class__ = SeamedRenderer
     assert isinstance(renderer, SeamedRenderer)
-    do_short_work_near(renderer.renderer)
     renderer.seams = seams
     renderer.counter = MessageCounter(renderer.renderer.tokenizer, count_cache_entries)
+    do_short_work_near(renderer.renderer, renderer.counter)
     renderer.tool_tokens = LRUCache(_TOOL_SETS_REMEMBERED)
     renderer.left_out = LRUCache(_TEMPLATE_SETTINGS_REMEMBERED)
     params = ChatParams(

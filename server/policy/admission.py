@@ -14,6 +14,7 @@ from server.policy.objectives import Objectives, Unloaded
 from server.policy.reservations import Ask, Capacity, Growth, reservation
 from server.policy.room import NOTHING, Room, room_for, whole_engine
 from server.policy.running_cap import RunningCap
+from server.policy.standing_overload import StandingOverload
 from server.policy.tenants import TrafficClass
 from server.policy.terms import DEFAULT_TERMS, Terms
 from server.policy.usual import Usual
@@ -62,8 +63,7 @@ class Admission:
     _numbers: int = 0
     _last_online_s: float = -_QUIET_S
     _usual: Usual = field(default_factory=Usual)
-    _busy_since_s: dict[TrafficClass, float] = field(default_factory=dict)
-    _expired_s: dict[TrafficClass, float] = field(default_factory=dict)
+    _overload: StandingOverload = field(default_factory=StandingOverload)
 
     def __post_init__(self) -> None:
         self.backlog = Backlog(self.counters)
@@ -88,7 +88,7 @@ class Admission:
     def stepped(self, step: Step) -> None:
         """Take in one engine step."""
         self.growth = self.growth.stepped(step.preemptions)
-        self.rates = self.rates.stepped(step)
+        self.rates = self.rates.stepped(step, self.unloaded)
         self.kv_usage_ratio = step.kv_usage_ratio
         self._engine_waiting, self._since_step = step.waiting, 0
         running, itl_s = self.ledger.sequences, step.itl_s
@@ -202,7 +202,8 @@ class Admission:
     def leave(self, ticket: Ticket) -> None:
         """A request stopped waiting."""
         self.backlog.remove(ticket)
-        self._note_empty(ticket.traffic_class)
+        if not self.backlog.tenants(ticket.traffic_class):
+            self._overload.empty(ticket.traffic_class)
 
     def next(self, now_s: float) -> Admit | Shed | None:
         """The next decision about what waits; None when all of it has to go on waiting."""
@@ -225,7 +226,7 @@ class Admission:
         """What a request is told whose time has run out in the queue."""
         patience_s = ticket.deadline_s - ticket.arrived_s + self._own_s(ticket.ask)
         if patience_s >= self.objectives.ttft(ticket.traffic_class, self.unloaded):
-            self._expired_s[ticket.traffic_class] = now_s
+            self._overload.expired(ticket.traffic_class, now_s)
         terms = Terms(ticket.traffic_class, priority=ticket.priority)
         wait_s = self.forecast(terms, ticket.tenant, ticket.ask, now_s)
         slo_s = self.objectives.ttft(ticket.traffic_class, self.unloaded)
@@ -290,25 +291,12 @@ class Admission:
         return []
 
     def newest_first(self, traffic_class: TrafficClass, now_s: float) -> bool:
-        """Adaptive LIFO (Maurer, "Fail at Scale", ACM Queue 2015): under standing overload the newest can still be
-        served in time, while the oldest are about to give up.
-
-        Refusing on arrival keeps the queue short enough for its deadlines, so overload alone does not turn the order
-        round. It turns when the class has waited without a break for as long as its objective, and requests expire.
-        """
-        since_s, expired_s = self._busy_since_s.get(traffic_class), self._expired_s.get(traffic_class)
-        if since_s is None or expired_s is None or traffic_class == "batch":
-            return False
-        slo_s = self.objectives.ttft(traffic_class, self.unloaded)
-        return now_s - since_s > slo_s >= now_s - expired_s
+        """Whether the newest of a class come before the oldest now."""
+        return self._overload.newest_first(traffic_class, self.objectives.ttft(traffic_class, self.unloaded), now_s)
 
     def _enter(self, ticket: Ticket, now_s: float) -> None:
         self.backlog.add(ticket)
-        self._busy_since_s.setdefault(ticket.traffic_class, now_s)
-
-    def _note_empty(self, traffic_class: TrafficClass) -> None:
-        if not self.backlog.tenants(traffic_class):
-            self._busy_since_s.pop(traffic_class, None)
+        self._overload.waits(ticket.traffic_class, now_s)
 
     def _admit(self, ticket: Ticket, now_s: float) -> Admit:
         ask, sequences, reserved, prompt_tokens = ticket.ask, ticket.ask.sequences, 0, 0

@@ -11,7 +11,7 @@ from typing import Final
 from server.policy.refusals import ContextLengthExceeded, InvalidRequest
 from server.policy.turns import HEAD, NO_UNIT, Layout
 
-DEFAULT_RETENTION_RATIO: Final = 0.75
+DEFAULT_RETENTION_RATIO: Final = 0.76
 # Economy at level 2 of the ladder. Two fixed values, because a third would move every cut and lose every cached prefix.
 BUDGET_FACTORS: Final = (1.0, 0.5)
 

@@ -9,6 +9,8 @@ _RATE_WEIGHT: Final = 0.1
 _RESIDENCE_WEIGHT: Final = 0.1
 # Fewer tokens than this, as of prompts that the prefix cache knows, take one step's time however many they are.
 _TELLING_TOKENS: Final = 64
+# So does what is done in less than so many steps without any prompt: how much more would have fitted, it does not tell.
+_TELLING_STEPS: Final = 2
 # A prompt that shares its steps with many streams is slow; the mean may not fall so low that a burst looks endless.
 _LEAST_RATE_SHARE: Final = 0.1
 _MAX_JITTER: Final = 0.25
@@ -86,7 +88,7 @@ class Rates:
             return at_best
         return max(self.prefill_tokens / self.prefill_s, _LEAST_RATE_SHARE * at_best)
 
-    def stepped(self, step: Step) -> "Rates":
+    def stepped(self, step: Step, unloaded: Unloaded | None = None) -> "Rates":
         """After one engine step. Prompts are reported when they are done, and may take several steps."""
         decode = self.decode_tokens_per_s
         if step.duration_s > 0:
@@ -94,7 +96,8 @@ class Rates:
         pending_s = self.pending_prefill_s + step.duration_s if step.prefilling else self.pending_prefill_s
         if not step.prefilled_tokens or not pending_s:
             return replace(self, decode_tokens_per_s=decode, pending_prefill_s=pending_s)
-        if step.prefilled_tokens < _TELLING_TOKENS:
+        least_s = _TELLING_STEPS * unloaded.tpot_s if unloaded else 0.0
+        if step.prefilled_tokens < _TELLING_TOKENS or pending_s < least_s:
             return replace(self, decode_tokens_per_s=decode, pending_prefill_s=0.0)
         first = not self.prefill_s
         weight = 1.0 if first else _RATE_WEIGHT

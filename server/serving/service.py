@@ -33,6 +33,7 @@ from server.serving.fitting import HistoryFitter, described
 from server.serving.recovery import Recovery
 from server.serving.requests import DryRun, OpenRequest, OpenRequests
 from server.serving.several import OneByOne
+from server.serving.turnstile import Turnstile
 
 if TYPE_CHECKING:
     from server.engine.stack import Stack
@@ -111,6 +112,7 @@ class Service:
         self.slot = slot
         self._gate = guards.gate
         self.requests = requests
+        self.turnstile = Turnstile()
         self.recovery = guards.recovery
         self._rules = rules
         self._fitter = fitter

@@ -156,7 +156,7 @@ class Context(BaseModel):
         "auto", description="What happens to a chat that is longer than the window, unless the request says."
     )
     context_retention_ratio: float = Field(
-        0.75, gt=0, le=1, description="Share of the room that a cut leaves; lower cuts more and less often."
+        0.76, gt=0, le=1, description="Share of the room that a cut leaves; lower cuts more and less often."
     )
     context_reserve_tokens: int | None = Field(
         None, ge=1, description="Tokens kept free for the answer. Unset: 1,024, or a quarter of a small window."

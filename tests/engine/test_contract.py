@@ -156,16 +156,19 @@ def test_outputs_are_handed_over_in_a_collector_that_its_task_waits_in() -> None
     assert "queue" in _parameters(RequestState.__init__)
 
 
-def test_short_work_can_be_kept_from_the_renderers_thread() -> None:
-    """Whoever works in the thread was bound to this one executor, and vLLM replaces only what is inside it."""
-    from vllm.renderers.base import BaseRenderer, _SwappableExecutor
+def test_short_work_can_be_done_by_the_renderers_blocking_functions() -> None:
+    """They do what those for the loop do, and call a function of ours. What goes to the thread was bound before."""
+    from vllm.renderers.base import BaseRenderer
     from vllm.renderers.hf import HfRenderer
 
-    made = inspect.getsource(BaseRenderer.__init__)
-    assert "self._executor = _SwappableExecutor(" in made
-    assert "self._tokenize_prompt, executor=self._executor" in made
-    assert "executor=self._executor" in inspect.getsource(HfRenderer.__init__)
-    assert _parameters(_SwappableExecutor.submit) == ["fn", "args", "kwargs"]
+    for blocking, awaited in (
+        (BaseRenderer.render_chat, BaseRenderer.render_chat_async),
+        (BaseRenderer.render_cmpl, BaseRenderer.render_cmpl_async),
+    ):
+        assert _parameters(blocking) == _parameters(awaited)
+    assert "self._tokenize_prompt, executor=self._executor" in inspect.getsource(BaseRenderer.__init__)
+    assert "self._tokenize_prompt(prompt, params)" in inspect.getsource(BaseRenderer._tokenize_singleton_prompt)
+    assert "renderer_num_workers + 1" in inspect.getsource(HfRenderer.__init__)  # one tokenizer for the loop
 
 
 def test_a_logger_of_ours_takes_the_place_of_vllms_prometheus_logger() -> None:

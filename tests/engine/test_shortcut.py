@@ -20,8 +20,8 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from server.engine.calls import DirectFrames, Frame
-from server.engine.plain_streams import splice_chat
+from server.engine.calls import Frame
+from server.engine.plain_streams import SplicedFrames, splice_chat
 from server.engine.progress import Progress, follow_requests, followed
 from tests.engine.stream_stories import Chat, Story, chat_frames, stories, words
 
@@ -132,7 +132,7 @@ async def _answered(engine: Engine, connection: Connection, request: ChatComplet
     frames = chat.chat_completion_stream_generator(
         request, items, "id", 'a "text": model', conversation, None, RequestResponseMetadata(request_id="id")
     )
-    assert isinstance(frames, DirectFrames)
+    assert isinstance(frames, SplicedFrames)
     await connection.send(await anext(frames))
     frames.flow_to(connection.write)
     async for frame in frames:

@@ -53,6 +53,16 @@ def test_prompts_from_the_prefix_cache_say_nothing_about_the_speed_of_others() -
     assert rates.pending_prefill_s == 0
 
 
+def test_prompts_that_take_no_longer_than_a_step_do_not_make_a_fast_engine_look_slow() -> None:
+    """A GPU computes 100 tokens in the time of one; thousands more would have fitted."""
+    fast = Unloaded(ttft_s=0.02, tpot_s=0.015, prefill_tokens_per_s=50_000)
+    rates = Rates()
+    for _ in range(50):
+        rates = rates.stepped(prefill(100, 0.02), fast)
+    assert rates.prefill_tokens_per_s(fast) == 50_000
+    assert rates.stepped(prefill(6000, 0.2), fast).prefill_tokens_per_s(fast) == pytest.approx(30_000)
+
+
 def test_a_retry_is_spread_over_a_quarter_and_never_at_once() -> None:
     assert retry_after_s(8, 0.0) == 8
     assert retry_after_s(8, 1.0) == 10
