@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.direct import DirectRoutes
 from server.api.middleware import Exchange
 from server.api.passing_on import PassingOn, answered_here
 from server.app import build_application
@@ -405,8 +405,8 @@ def mounted_paths() -> set[str]:
     chosen: dict[str, Any] = {"data_folder": Path("/nowhere"), "developer_routes": True}
     exchange = build_application(Settings(**chosen), {"tidegate": "1.2.3"}, CollectorRegistry(), "key").asgi
     assert isinstance(exchange, Exchange)
-    assert isinstance(exchange._app, FastAPI)
-    return {route.path for route in exchange._app.routes if isinstance(route, Route)}
+    assert isinstance(exchange._app, DirectRoutes)
+    return {route.path for route in exchange._app._api.routes if isinstance(route, Route)}
 
 
 def test_every_route_is_answered_here_or_passed_on() -> None:
