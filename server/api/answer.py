@@ -21,7 +21,7 @@ from server.api import errors
 from server.api.body import ClientLeft, parse_json_object, read_body
 from server.api.disconnect import CancelOnDisconnect
 from server.api.errors import Dialect
-from server.api.sending import SEND_BODY, WatchedSend, send_now
+from server.api.sending import SEND_BODY, WatchedSend
 from server.api.waiting import Reminder
 from server.engine.calls import Call, DirectFrames, Frame, Reply, StreamReply
 from server.policy.refusals import GenerationFailed, Refusal
@@ -76,9 +76,10 @@ class OwnedResponse(Response):
             call = await self._read(receive)
             async with (
                 CancelOnDisconnect(receive) as self._client,
-                self._watched(send, state.get(SEND_BODY, send)) as self._send,
+                self._watched(send, state.get(SEND_BODY, send)) as self._connection,
                 self._service.requests.open(opened),
             ):
+                self._send = self._connection
                 await self._answer(call, opened)
             opened.client_left = self._client.client_left
         except Refusal as refusal:
@@ -188,7 +189,7 @@ class OwnedResponse(Response):
         await self._end()
 
     def _write(self, frame: Frame) -> Awaitable[None] | None:
-        return send_now(self._send, {"type": "http.response.body", "body": _bytes(frame), "more_body": True})
+        return self._connection.write(_bytes(frame))
 
     def _kept_alive(self, media_type: str, opened: OpenRequest) -> AbstractAsyncContextManager[Reminder | None]:
         """Inside it, comments go out while the client waits: proxies cut a stream whose first token is long in coming.

@@ -35,6 +35,22 @@ class WatchedSend:
         await (self._send_body if message["type"] == "http.response.body" else self._send)(message)
         self._since_s = None
 
+    def write(self, body: bytes) -> Awaitable[None] | None:
+        """Send a part of the body without waiting. Returns what is left to be awaited if the connection is full.
+
+        May be called outside the request's task, which then awaits the rest. Raises what the server's `send` raises.
+        """
+        steps = self._send_body({"type": "http.response.body", "body": body, "more_body": True}).__await__()
+        try:
+            waits_for = next(steps)
+        except StopIteration:
+            return None
+        self._since_s = self._loop.time()
+        return _Rest(steps, waits_for, self._sent)
+
+    def _sent(self) -> None:
+        self._since_s = None
+
     async def __aenter__(self) -> "WatchedSend":
         self._loop = asyncio.get_running_loop()
         self._look_later()
@@ -56,12 +72,13 @@ class WatchedSend:
         self._on_stall()
 
 
-class _Begun:
-    """The rest of a call that was driven up to where it waits."""
+class _Rest:
+    """The rest of a `send` that was driven up to where it waits for room. Whoever holds it awaits it."""
 
-    def __init__(self, steps: Generator[Any, Any, None], waits_for: Any) -> None:
+    def __init__(self, steps: Generator[Any, Any, None], waits_for: Any, on_sent: Callable[[], None]) -> None:
         self._steps = steps
         self._waits_for = waits_for
+        self._on_sent = on_sent
 
     def __await__(self) -> Generator[Any, Any, None]:
         waits_for = self._waits_for
@@ -74,16 +91,4 @@ class _Begun:
                 else:
                     waits_for = self._steps.send(sent)
         except StopIteration:
-            return
-
-
-def send_now(send: Send, message: Message) -> Awaitable[None] | None:
-    """Send without waiting. Returns what is left to be awaited if the connection is full, and else None.
-
-    May be called outside the request's task, which then awaits the rest. Raises what `send` raises.
-    """
-    steps = send(message).__await__()
-    try:
-        return _Begun(steps, next(steps))
-    except StopIteration:
-        return None
+            self._on_sent()

@@ -27,7 +27,6 @@ from server.engine.arguments import EngineArguments, complete_arguments, parse_a
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.engine.figures import EngineFigures, capacity_of, measure_unloaded
 from server.engine.fork_server import engines_forked
-from server.engine.latencies import StepwisePrometheusLogger
 from server.engine.operations import collect_operations
 from server.engine.plain_streams import splice_chat, splice_completions
 from server.engine.processes import EngineFamily, pids_of
@@ -37,6 +36,7 @@ from server.engine.stack import Stack, StackRequest, shut_down, while_alive
 from server.engine.start_failures import StartContext, StartFailure, explain
 from server.engine.steps import StepCounter, step_counter
 from server.engine.traits import Traits
+from server.engine.vllm_metrics import StepwisePrometheusLogger
 from server.policy.refusals import Refusal
 
 log = structlog.get_logger(__name__)

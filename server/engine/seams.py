@@ -40,7 +40,8 @@ from server.engine.conversations import (
 )
 from server.engine.counting import MessageCounter, Overheads, length_or_none, measure_overheads
 from server.engine.near_work import are_short, do_short_work_near, is_short, short_work
-from server.engine.progress import Progress, follow_requests, followed
+from server.engine.progress import Progress, followed
+from server.engine.shortcut import deliver_plain_tokens
 from server.engine.thinking import Spot, spots_left_out
 from server.policy.forecast import Step
 
@@ -239,7 +240,7 @@ class SeamedEngine(AsyncLLM):
         vLLM's own switch, the endpoint among its flags, would make a provider for each engine and for each process.
         """
         self.seams = seams
-        follow_requests(self.output_processor)
+        deliver_plain_tokens(self.output_processor)
         if traced:
             self.output_processor.tracing_enabled = True
             self.observability_config.otlp_traces_endpoint = _TRACED_BY_US

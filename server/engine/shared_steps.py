@@ -13,7 +13,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from server.engine.figures import part_of
-from server.engine.latencies import StepwisePrometheusLogger
+from server.engine.vllm_metrics import StepwisePrometheusLogger
 from server.policy.forecast import NO_PART, StepPart
 
 _ENCODER: Final = msgspec.msgpack.Encoder()

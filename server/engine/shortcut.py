@@ -12,9 +12,19 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
+from vllm import envs
 from vllm.outputs import PoolingRequestOutput, RequestOutput
-from vllm.v1.engine import FinishReason
-from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
+from vllm.v1.engine.output_processor import (
+    OutputProcessor,
+    OutputProcessorOutput,
+    RequestOutputCollector,
+    RequestState,
+)
+from vllm.v1.metrics.stats import IterationStats
+
+from server.engine.progress import FollowedOutputProcessor
 
 # Writes a choice's new text, made of these tokens, at once, or does not (None): then it goes the long way.
 Deliver = Callable[[int, str, Sequence[int]], "Delivered | None"]
@@ -65,9 +75,13 @@ class ShortcutCollector(RequestOutputCollector):
 
 
 class ShortcutState(RequestState):
-    """vLLM's state of one sequence, with a way around the outputs that are made of it."""
+    """vLLM's state of one sequence, with a way around the outputs that are made of it.
+
+    `texts_alone`: tokens become text by vLLM's fast detokenizer, and nothing is looked for in the text.
+    """
 
     deliver: Deliver
+    texts_alone: bool
 
     def make_request_output(
         self,
@@ -84,14 +98,123 @@ class ShortcutState(RequestState):
         text = ""
         if finish_reason is None and queue.idle and self.stream_interval == 1:
             text = detokenizer.get_next_output_text(finished=False, delta=True)
-            if (delivered := self.deliver(self.request_index, text, new_token_ids)) is not None:
-                if delivered.rest is not None:
-                    queue.wake_for(delivered.rest)
+            if self.delivered(text, new_token_ids):
                 return None
-        output = super().make_request_output(new_token_ids, pooling_output, finish_reason, *more, **others)
+        return self._output_with(text, new_token_ids, pooling_output, finish_reason, *more, **others)
+
+    def delivered(self, text: str, token_ids: Sequence[int]) -> bool:
+        """Whether the new text could be written; what a full connection leaves of it is the task's."""
+        delivered = self.deliver(self.request_index, text, token_ids)
+        if delivered is not None and delivered.rest is not None:
+            assert isinstance(self.queue, ShortcutCollector)
+            self.queue.wake_for(delivered.rest)
+        return delivered is not None
+
+    def hand_over(self, text: str, token_ids: list[int]) -> None:
+        """Give text that was not delivered to the request's task."""
+        output = self._output_with(text, token_ids, None, None, None, None, None)
+        if output is not None:
+            assert self.queue is not None
+            self.queue.put(output)
+
+    def _output_with(self, text: str, *told: Any, **others: Any) -> RequestOutput | PoolingRequestOutput | None:
+        """vLLM's output, with text in front that the detokenizer takes for shown."""
+        output = super().make_request_output(*told, **others)
         if text and isinstance(output, RequestOutput):
             output.outputs[0].text = text + output.outputs[0].text
         return output
+
+
+class ShortcutOutputProcessor(FollowedOutputProcessor):
+    """vLLM's output processor, which delivers tokens that are nothing but that before it looks at the others.
+
+    vLLM asks a dozen functions about each token, and nearly all have nothing to do for a plain one in a stream of text.
+    """
+
+    def process_outputs(
+        self,
+        engine_core_outputs: list[EngineCoreOutput],
+        engine_core_timestamp: float | None = None,
+        iteration_stats: IterationStats | None = None,
+        weight_version: str | None = None,
+    ) -> OutputProcessorOutput:
+        if weight_version is None and not envs.VLLM_COMPUTE_NANS_IN_LOGITS:
+            engine_core_outputs = self._not_delivered(
+                engine_core_outputs, engine_core_timestamp or 0.0, iteration_stats
+            )
+        return super().process_outputs(
+            engine_core_outputs, engine_core_timestamp, iteration_stats, weight_version=weight_version
+        )
+
+    def _not_delivered(
+        self, outputs: list[EngineCoreOutput], timestamp_s: float, stats: IterationStats | None
+    ) -> list[EngineCoreOutput]:
+        """Deliver what can be, with what vLLM does for it on the way, and return the others."""
+        states, others, tokens, gaps_s = self.request_states, [], 0, []
+        for output in outputs:
+            state = states.get(output.request_id)
+            if type(state) is not ShortcutState or not state.texts_alone or not _is_nothing_but_tokens(output):
+                others.append(output)
+                continue
+            queue, detokenizer, token_ids = state.queue, state.detokenizer, output.new_token_ids
+            if not queue._waiting or queue.output is not None:  # its `idle`, without the call
+                others.append(output)
+                continue
+            if stats is not None:
+                own = state.stats
+                tokens += len(token_ids)
+                own.num_generation_tokens += len(token_ids)
+                gaps_s.append(timestamp_s - own.last_token_ts)
+                own.last_token_ts = timestamp_s
+            text = _decoded(detokenizer, token_ids)
+            if not state.delivered(text, token_ids):
+                state.hand_over(text, token_ids)
+        if stats is not None:
+            stats.num_generation_tokens += tokens
+            stats.inter_token_latencies_iter += gaps_s
+        return others
+
+
+def _is_nothing_but_tokens(output: EngineCoreOutput) -> bool:
+    """Whether a sequence goes on, and there is nothing to be done for it but to show its new tokens."""
+    return (
+        output.finish_reason is None
+        and output.events is None
+        and output.prefill_stats is None
+        and output.new_logprobs is None
+        and output.new_prompt_logprobs_tensors is None
+        and output.prompt_token_id_logprobs is None
+        and output.new_sampling_mask is None
+        and output.pooling_output is None
+        and output.routed_experts is None
+        and output.spec_decode_metrics is None
+        and output.kv_transfer_params is None
+        and output.ec_transfer_params is None
+        and output.mm_cache_miss_hashes is None
+    )
+
+
+def _decoded(detokenizer: Any, token_ids: Sequence[int]) -> str:
+    """The text that new tokens add, as `update` and `get_next_output_text` of vLLM's fast detokenizer find it."""
+    shown = detokenizer._last_output_text_offset
+    for token_id in token_ids:
+        detokenizer.token_ids.append(token_id)
+        detokenizer.output_text += detokenizer._protected_step(token_id) or ""
+    detokenizer._last_output_text_offset = len(detokenizer.output_text)
+    text: str = detokenizer.output_text[shown:]
+    return text
+
+
+def _texts_alone(state: RequestState) -> bool:
+    detokenizer = state.detokenizer
+    return (
+        type(detokenizer) is FastIncrementalDetokenizer
+        and not detokenizer.stop
+        and detokenizer.spaces_between_special_tokens
+        and state.stream_interval == 1
+        and not state.is_prefilling
+        and not state.streaming_input
+    )
 
 
 def open_shortcut(states: Iterable[RequestState], deliver: Deliver) -> None:
@@ -106,6 +229,12 @@ def open_shortcut(states: Iterable[RequestState], deliver: Deliver) -> None:
             collector.__class__ = ShortcutCollector
             assert isinstance(collector, ShortcutCollector)
             collector._waiting, collector._rest = False, None
+        texts_alone = _texts_alone(state)
         state.__class__ = ShortcutState
         assert isinstance(state, ShortcutState)
-        state.deliver = deliver
+        state.deliver, state.texts_alone = deliver, texts_alone
+
+
+def deliver_plain_tokens(processor: OutputProcessor) -> None:
+    """Put it into a live engine in place, as `follow_requests` does, and with it."""
+    processor.__class__ = ShortcutOutputProcessor

@@ -21,7 +21,6 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from server.engine.arguments import EngineArguments
 from server.engine.figures import EngineFigures
 from server.engine.fork_server import ForkServer
-from server.engine.latencies import prometheus_logger
 from server.engine.operations import Operation, OperationKey
 from server.engine.processes import EngineFamily
 from server.engine.seams import SeamedEngine
@@ -29,6 +28,7 @@ from server.engine.shared_steps import account
 from server.engine.start_failures import StartFailure
 from server.engine.steps import StepCounter
 from server.engine.traits import Traits
+from server.engine.vllm_metrics import prometheus_logger
 from server.policy.forecast import StepPart
 from server.policy.objectives import Unloaded
 from server.policy.reservations import Capacity

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from server.api.answer import WireLimits
-from server.api.sending import WatchedSend, send_now
+from server.api.sending import WatchedSend
 from tests.api.scripted_client import Desk, ScriptedClient, nothing_left_over
 from tests.serving.fake_stack import StreamingOperation
 
@@ -80,24 +80,29 @@ def full(room: asyncio.Event, sent: list[Any]) -> Any:
     return send
 
 
-async def test_a_message_to_a_connection_with_room_is_sent_at_once() -> None:
+async def write_to(send: Any, body: bytes) -> Any:
+    async with WatchedSend(send, send, 60, lambda: None) as watched:
+        return watched.write(body)
+
+
+async def test_a_frame_to_a_connection_with_room_is_sent_at_once() -> None:
     client = ScriptedClient()
-    assert send_now(client.send, {"type": "http.response.body", "body": b"one"}) is None
+    assert await write_to(client.send, b"one") is None
     assert client.text == "one"
 
 
-async def test_a_message_to_a_full_connection_is_sent_once_when_there_is_room() -> None:
+async def test_a_frame_to_a_full_connection_is_sent_once_when_there_is_room() -> None:
     room, sent = asyncio.Event(), list[Any]()
-    rest = send_now(full(room, sent), {"body": b"one"})
+    rest = await write_to(full(room, sent), b"one")
     assert rest is not None
     room.set()
     await rest
-    assert sent == [{"body": b"one"}]
+    assert sent == [{"type": "http.response.body", "body": b"one", "more_body": True}]
 
 
 async def test_whoever_waits_for_room_can_be_cancelled() -> None:
     room, sent = asyncio.Event(), list[Any]()
-    rest = send_now(full(room, sent), {"body": b"one"})
+    rest = await write_to(full(room, sent), b"one")
     assert rest is not None
 
     async def wait() -> None:
@@ -111,9 +116,24 @@ async def test_whoever_waits_for_room_can_be_cancelled() -> None:
     assert sent == []
 
 
+async def test_a_frame_that_waits_too_long_for_room_is_a_stall_and_one_that_found_it_is_none() -> None:
+    room, sent, stalls = asyncio.Event(), list[Any](), list[None]()
+    async with WatchedSend(full(room, sent), full(room, sent), 0.04, lambda: stalls.append(None)) as watched:
+        room.set()
+        rest = watched.write(b"one")
+        assert rest is not None
+        await rest
+        await asyncio.sleep(0.1)
+        assert stalls == []
+        room.clear()
+        assert watched.write(b"two") is not None
+        await asyncio.sleep(0.1)
+    assert stalls == [None]
+
+
 async def test_what_sending_raises_is_raised() -> None:
     async def send(_: Any) -> None:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        send_now(send, {})
+        await write_to(send, b"")
