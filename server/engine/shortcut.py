@@ -96,7 +96,8 @@ class ShortcutState(RequestState):
         assert isinstance(queue, ShortcutCollector)
         assert detokenizer is not None
         text = ""
-        if finish_reason is None and queue.idle and self.stream_interval == 1:
+        says_more = finish_reason is not None or any(more) or self.sampling_mask_chunks or self.routed_experts_chunks
+        if not says_more and queue.idle and self.stream_interval == 1:
             text = detokenizer.get_next_output_text(finished=False, delta=True)
             if self.delivered(text, new_token_ids):
                 return None

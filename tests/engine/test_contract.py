@@ -11,6 +11,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.inputs.engine import tokens_input
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -154,6 +155,34 @@ def test_outputs_are_handed_over_in_a_collector_that_its_task_waits_in() -> None
     assert "q.get_nowait() or await q.get()" in inspect.getsource(AsyncLLM.generate)
     assert "queue.put(request_output)" in inspect.getsource(OutputProcessor.process_outputs)
     assert "queue" in _parameters(RequestState.__init__)
+
+
+def test_an_output_that_is_nothing_but_tokens_has_no_field_that_we_do_not_know() -> None:
+    """`_is_nothing_but_tokens` asks for each of them, but for those that only speak of a sequence's end."""
+    known = {
+        "request_id", "new_token_ids", "new_logprobs", "new_prompt_logprobs_tensors", "pooling_output", "finish_reason",
+        "stop_reason", "events", "kv_transfer_params", "ec_transfer_params", "trace_headers", "prefill_stats",
+        "routed_experts", "num_nans_in_logits", "mm_cache_miss_hashes", "new_sampling_mask", "spec_decode_metrics",
+        "prompt_token_id_logprobs",
+    }  # fmt: skip
+    assert set(EngineCoreOutput.__struct_fields__) == known
+    assert _parameters(OutputProcessor.process_outputs) == [
+        "engine_core_outputs", "engine_core_timestamp", "iteration_stats", "weight_version"
+    ]  # fmt: skip
+
+
+def test_plain_tokens_become_text_as_in_vllms_fast_detokenizer() -> None:
+    """What `_decoded` does in its place: `update` without stop strings, and then `get_next_output_text`."""
+    from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, FastIncrementalDetokenizer
+
+    assert "update" not in vars(FastIncrementalDetokenizer)
+    updated = inspect.getsource(BaseIncrementalDetokenizer.update)
+    assert "self.output_text += self.decode_next(new_token_id)" in updated
+    assert "token_offsets = [len(self.output_text)] if self.stop else None" in updated
+    decoded = inspect.getsource(FastIncrementalDetokenizer.decode_next)
+    assert "if not self.spaces_between_special_tokens:" in decoded
+    assert 'return token or ""' in decoded
+    assert "_last_output_text_offset" in inspect.getsource(BaseIncrementalDetokenizer.get_next_output_text)
 
 
 def test_short_work_can_be_done_by_the_renderers_blocking_functions() -> None:

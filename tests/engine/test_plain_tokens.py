@@ -1,0 +1,170 @@
+"""Tokens that are delivered in one loop: the same text and the same statistics as on vLLM's way."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.metrics.stats import IterationStats, PrefillStats
+
+from server.engine.shortcut import (
+    DELIVERED,
+    Delivered,
+    ShortcutCollector,
+    ShortcutState,
+    deliver_plain_tokens,
+    open_shortcut,
+)
+
+pytestmark = pytest.mark.engine
+
+_PROMPT = [504, 216, 3]
+_SPECIAL = 2  # the end of a turn
+_HALF_A_CHARACTER = [181, 219, 237]  # bytes that are no character alone
+
+Steps = list[dict[str, list[int]]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(embedded_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(embedded_model)
+
+
+@pytest.fixture(autouse=True)
+def _a_still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
+
+
+@dataclass
+class Client:
+    """What one stream's client has read. Now and then its connection does not take a frame on the short way."""
+
+    refuses: set[int] = field(default_factory=set)
+    text: str = ""
+    offered: int = 0
+
+    def deliver(self, index: int, text: str, token_ids: Any) -> Delivered | None:
+        assert index == 0
+        assert token_ids
+        self.offered += 1
+        if self.offered in self.refuses:
+            return None
+        self.text += text
+        return DELIVERED
+
+
+class Engine:
+    """vLLM's output processor with some requests in it that have had their first tokens."""
+
+    def __init__(self, tokenizer: Any, names: list[str], params: SamplingParams, *, ours: bool) -> None:
+        self.processor = OutputProcessor(tokenizer, log_stats=True)
+        if ours:
+            deliver_plain_tokens(self.processor)
+        self.ours = ours
+        self.collectors = {name: RequestOutputCollector(RequestOutputKind.DELTA, name) for name in names}
+        self.clients = {name: Client() for name in names}
+        for name in names:
+            request = EngineCoreRequest(name, _PROMPT, None, params, None, 0.0, None, None, None)
+            request.external_req_id = name
+            self.processor.add_request(request, "prompt", None, 0, self.collectors[name])
+        first = [EngineCoreOutput(name, [504], prefill_stats=PrefillStats(num_prompt_tokens=3)) for name in names]
+        self.processor.process_outputs(first, 1.0, IterationStats())
+        self._read()
+
+    def open(self) -> None:
+        for name, client in self.clients.items():
+            open_shortcut([self.processor.request_states[name]], client.deliver)
+
+    def step(self, number: int, outputs: list[EngineCoreOutput]) -> IterationStats:
+        for collector in self.collectors.values():
+            if isinstance(collector, ShortcutCollector):
+                collector._waiting = True
+        stats = IterationStats()
+        self.processor.process_outputs(outputs, 2.0 + number, stats)
+        self._read()
+        return stats
+
+    def _read(self) -> None:
+        for name, collector in self.collectors.items():
+            if (output := collector.get_nowait()) is not None:
+                assert isinstance(output, RequestOutput)
+                self.clients[name].text += output.outputs[0].text
+
+
+def _made(step: dict[str, list[int]], *, last: bool) -> list[EngineCoreOutput]:
+    reason = FinishReason.LENGTH if last else None
+    return [EngineCoreOutput(name, list(ids), finish_reason=reason) for name, ids in step.items()]
+
+
+_IDS = st.one_of(st.integers(1000, 30_000), st.sampled_from([_SPECIAL, *_HALF_A_CHARACTER]))
+_STEPS = st.lists(
+    st.fixed_dictionaries({}, optional={name: st.lists(_IDS, min_size=1, max_size=3) for name in "abc"}), max_size=8
+)
+
+
+@settings(max_examples=150)
+@given(steps=_STEPS, refused=st.sets(st.integers(1, 8)), show_special=st.booleans(), stop=st.booleans())
+def test_text_and_statistics_are_vllms(
+    tokenizer: Any, steps: Steps, refused: set[int], show_special: bool, stop: bool
+) -> None:
+    params = SamplingParams(
+        output_kind=RequestOutputKind.DELTA,
+        skip_special_tokens=not show_special,
+        spaces_between_special_tokens=not show_special,
+        stop=["never said"] if stop else None,
+    )
+    ours, theirs = (Engine(tokenizer, list("abc"), params, ours=is_ours) for is_ours in (True, False))
+    ours.open()
+    ours.clients["a"].refuses = refused
+    steps = [*steps, {name: [2000] for name in "abc"}]
+    for number, step in enumerate(steps):
+        told = [engine.step(number, _made(step, last=number == len(steps) - 1)) for engine in (ours, theirs)]
+        mine, vllms = told
+        assert mine.num_generation_tokens == vllms.num_generation_tokens
+        assert sorted(mine.inter_token_latencies_iter) == sorted(vllms.inter_token_latencies_iter)
+        assert [done.decode_time for done in mine.finished_requests] == [
+            done.decode_time for done in vllms.finished_requests
+        ]
+        _assert_same_sequences(ours, theirs)
+    assert {name: client.text for name, client in ours.clients.items()} == {
+        name: client.text for name, client in theirs.clients.items()
+    }
+
+
+def _assert_same_sequences(ours: Engine, theirs: Engine) -> None:
+    for name, state in ours.processor.request_states.items():
+        other = theirs.processor.request_states[name]
+        for part in ("token_ids", "output_text"):
+            assert getattr(state.detokenizer, part) == getattr(other.detokenizer, part)
+        assert state.stats == other.stats
+
+
+def test_a_plain_token_is_delivered_without_an_output(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tokenizer, ["a"], SamplingParams(output_kind=RequestOutputKind.DELTA), ours=True)
+    engine.open()
+    monkeypatch.setattr(ShortcutState, "make_request_output", None)  # vLLM would call it
+    engine.step(0, [EngineCoreOutput("a", [2000])])
+    assert engine.clients["a"].offered == 1
+    assert engine.clients["a"].text == tokenizer.decode([504, 2000])
+
+
+def test_what_carries_more_than_tokens_goes_vllms_way(tokenizer: Any) -> None:
+    engine = Engine(tokenizer, ["a"], SamplingParams(output_kind=RequestOutputKind.DELTA), ours=True)
+    engine.open()
+    collector = engine.collectors["a"]
+    assert isinstance(collector, ShortcutCollector)
+    collector._waiting = True
+    output = EngineCoreOutput("a", [2000], kv_transfer_params={"block": 1})
+    engine.processor.process_outputs([output], 2.0, IterationStats())
+    handed_over = collector.get_nowait()
+    assert isinstance(handed_over, RequestOutput)
+    assert handed_over.kv_transfer_params == {"block": 1}
+    assert engine.clients["a"].offered == 0
