@@ -102,7 +102,7 @@ def _build_engine(
         engine = _start_engine(args, figures, request)
     except Exception as error:
         raise _explained(error, args, request.engine_error_log) from error
-    engine.open_seam(seams, traced=request.traced)
+    engine.open_seam(seams, traced=request.traced, coalesced_tokens=request.coalesced_tokens)
     return arguments, engine, figures
 
 

@@ -106,7 +106,7 @@ def _connect(join: JoinRequest, request: StackRequest, seams: Seams) -> tuple[_P
             client_index=join.index,
         )
     config.cache_config.effective_attention_block_size = attention_block_size
-    engine.open_seam(seams, traced=request.traced)
+    engine.open_seam(seams, traced=request.traced, coalesced_tokens=request.coalesced_tokens)
     return plan, engine
 
 

@@ -165,7 +165,7 @@ class SplicedFrames(DirectFrames, Generic[Item]):
         """Open the shortcut, once there is somewhere to write to."""
         if self._write is None or (progress := progress_here()) is None or not progress.states:
             return False
-        open_shortcut(progress.states, self._deliver)
+        open_shortcut(progress.states, self._deliver, self._hold)
         return True
 
     def _deliver(self, index: int, text: str, token_ids: Sequence[int]) -> Delivered | None:
@@ -181,6 +181,14 @@ class SplicedFrames(DirectFrames, Generic[Item]):
             return None
         choice.unseen += token_ids
         return DELIVERED if rest is None else Delivered(rest)
+
+    def _hold(self, index: int, token_ids: Sequence[int]) -> bool:
+        """Count tokens whose text comes later. vLLM's generator will not see them."""
+        choice = self._feed.choices.get(index)
+        if choice is None or self._feed.ran_dry:
+            return False
+        choice.unseen += token_ids
+        return True
 
 
 def _learn(frame: str, outputs: Outputs, choices: dict[int, _Choice], text_key: str) -> None:

@@ -6,6 +6,7 @@ Both hand the work to a `Seams` object from the serving room, together with vLLM
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -234,16 +235,22 @@ class SeamedEngine(AsyncLLM):
 
     seams: Seams
 
-    def open_seam(self, seams: Seams, *, traced: bool) -> None:
-        """`traced`: vLLM makes spans, for the provider of this process.
+    def open_seam(self, seams: Seams, *, traced: bool, coalesced_tokens: int = 1) -> None:
+        """`traced`: vLLM makes spans, for the provider of this process. `coalesced_tokens`: of a plain stream, so many
+        may share a frame while the event loop is behind the engine.
 
         vLLM's own switch, the endpoint among its flags, would make a provider for each engine and for each process.
         """
         self.seams = seams
-        deliver_plain_tokens(self.output_processor)
+        deliver_plain_tokens(self.output_processor, self._is_behind, coalesced_tokens)
         if traced:
             self.output_processor.tracing_enabled = True
             self.observability_config.otlp_traces_endpoint = _TRACED_BY_US
+
+    def _is_behind(self) -> bool:
+        """Whether the engine's next step has arrived already."""
+        steps: asyncio.Queue[Any] | None = getattr(self.engine_core, "outputs_queue", None)
+        return steps is not None and not steps.empty()
 
     def generate(  # a plain call that returns the generator saves a hop per token
         self,

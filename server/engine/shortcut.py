@@ -28,6 +28,8 @@ from server.engine.progress import FollowedOutputProcessor
 
 # Writes a choice's new text, made of these tokens, at once, or does not (None): then it goes the long way.
 Deliver = Callable[[int, str, Sequence[int]], "Delivered | None"]
+# Counts a choice's tokens whose text comes with a later frame, or does not.
+Hold = Callable[[int, Sequence[int]], bool]
 
 
 class Delivered:
@@ -77,11 +79,14 @@ class ShortcutCollector(RequestOutputCollector):
 class ShortcutState(RequestState):
     """vLLM's state of one sequence, with a way around the outputs that are made of it.
 
-    `texts_alone`: tokens become text by vLLM's fast detokenizer, and nothing is looked for in the text.
+    `texts_alone`: tokens become text by vLLM's fast detokenizer, and nothing is looked for in the text. `held`: tokens
+    whose text was not shown yet, though it might have been.
     """
 
     deliver: Deliver
+    hold: Hold
     texts_alone: bool
+    held: int
 
     def make_request_output(
         self,
@@ -105,11 +110,19 @@ class ShortcutState(RequestState):
 
     def delivered(self, text: str, token_ids: Sequence[int]) -> bool:
         """Whether the new text could be written; what a full connection leaves of it is the task's."""
+        self.held = 0
         delivered = self.deliver(self.request_index, text, token_ids)
         if delivered is not None and delivered.rest is not None:
             assert isinstance(self.queue, ShortcutCollector)
             self.queue.wake_for(delivered.rest)
         return delivered is not None
+
+    def held_back(self, token_ids: Sequence[int]) -> bool:
+        """Whether the tokens' text is to come with a later frame."""
+        if not self.hold(self.request_index, token_ids):
+            return False
+        self.held += len(token_ids)
+        return True
 
     def hand_over(self, text: str, token_ids: list[int]) -> None:
         """Give text that was not delivered to the request's task."""
@@ -120,6 +133,7 @@ class ShortcutState(RequestState):
 
     def _output_with(self, text: str, *told: Any, **others: Any) -> RequestOutput | PoolingRequestOutput | None:
         """vLLM's output, with text in front that the detokenizer takes for shown."""
+        self.held = 0
         output = super().make_request_output(*told, **others)
         if text and isinstance(output, RequestOutput):
             output.outputs[0].text = text + output.outputs[0].text
@@ -130,7 +144,13 @@ class ShortcutOutputProcessor(FollowedOutputProcessor):
     """vLLM's output processor, which delivers tokens that are nothing but that before it looks at the others.
 
     vLLM asks a dozen functions about each token, and nearly all have nothing to do for a plain one in a stream of text.
+    While the event loop is `behind` the engine, whose next step is there already, a stream's tokens wait for those of
+    that step, up to `coalesced_tokens`: a frame of several costs hardly more than a frame of one.
     """
+
+    behind: Callable[[], bool]
+    coalesced_tokens: int
+    holding: dict[str, ShortcutState]
 
     def process_outputs(
         self,
@@ -152,6 +172,7 @@ class ShortcutOutputProcessor(FollowedOutputProcessor):
     ) -> list[EngineCoreOutput]:
         """Deliver what can be, with what vLLM does for it on the way, and return the others."""
         states, others, tokens, gaps_s = self.request_states, [], 0, []
+        most_held = self.coalesced_tokens - 1 if self.behind() else 0
         for output in outputs:
             state = states.get(output.request_id)
             if type(state) is not ShortcutState or not state.texts_alone or not _is_nothing_but_tokens(output):
@@ -167,13 +188,36 @@ class ShortcutOutputProcessor(FollowedOutputProcessor):
                 own.num_generation_tokens += len(token_ids)
                 gaps_s.append(timestamp_s - own.last_token_ts)
                 own.last_token_ts = timestamp_s
-            text = _decoded(detokenizer, token_ids)
+            _decode(detokenizer, token_ids)
+            if state.held + len(token_ids) <= most_held and state.held_back(token_ids):
+                self.holding[output.request_id] = state
+                continue
+            if state.held:
+                del self.holding[output.request_id]
+            text = _shown(detokenizer)
             if not state.delivered(text, token_ids):
                 state.hand_over(text, token_ids)
         if stats is not None:
             stats.num_generation_tokens += tokens
             stats.inter_token_latencies_iter += gaps_s
+        if self.holding:
+            self._let_go(others, all_of_it=not most_held)
         return others
+
+    def _let_go(self, others: Iterable[EngineCoreOutput], *, all_of_it: bool) -> None:
+        """Forget what goes vLLM's way now, and show what was held back of streams that have had no token since."""
+        for output in others:
+            self.holding.pop(output.request_id, None)
+        if not all_of_it:
+            return
+        holding, self.holding = self.holding, {}
+        for request_id, state in holding.items():
+            if self.request_states.get(request_id) is not state:
+                continue
+            assert isinstance(state.queue, ShortcutCollector)
+            text = _shown(state.detokenizer)
+            if not (state.queue.idle and state.delivered(text, ())):
+                state.hand_over(text, [])
 
 
 def _is_nothing_but_tokens(output: EngineCoreOutput) -> bool:
@@ -195,14 +239,17 @@ def _is_nothing_but_tokens(output: EngineCoreOutput) -> bool:
     )
 
 
-def _decoded(detokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text that new tokens add, as `update` and `get_next_output_text` of vLLM's fast detokenizer find it."""
-    shown = detokenizer._last_output_text_offset
+def _decode(detokenizer: Any, token_ids: Sequence[int]) -> None:
+    """What `update` of vLLM's fast detokenizer does where there is nothing to look for."""
     for token_id in token_ids:
         detokenizer.token_ids.append(token_id)
         detokenizer.output_text += detokenizer._protected_step(token_id) or ""
+
+
+def _shown(detokenizer: Any) -> str:
+    """The text that is shown now, as its `get_next_output_text` gives it."""
+    text: str = detokenizer.output_text[detokenizer._last_output_text_offset :]
     detokenizer._last_output_text_offset = len(detokenizer.output_text)
-    text: str = detokenizer.output_text[shown:]
     return text
 
 
@@ -218,7 +265,7 @@ def _texts_alone(state: RequestState) -> bool:
     )
 
 
-def open_shortcut(states: Iterable[RequestState], deliver: Deliver) -> None:
+def open_shortcut(states: Iterable[RequestState], deliver: Deliver, hold: Hold) -> None:
     """Let the outputs of a request's sequences take the shortcut from now on.
 
     Called in the request's task, which therefore does not wait.
@@ -233,9 +280,11 @@ def open_shortcut(states: Iterable[RequestState], deliver: Deliver) -> None:
         texts_alone = _texts_alone(state)
         state.__class__ = ShortcutState
         assert isinstance(state, ShortcutState)
-        state.deliver, state.texts_alone = deliver, texts_alone
+        state.deliver, state.hold, state.texts_alone, state.held = deliver, hold, texts_alone, 0
 
 
-def deliver_plain_tokens(processor: OutputProcessor) -> None:
+def deliver_plain_tokens(processor: OutputProcessor, behind: Callable[[], bool], coalesced_tokens: int) -> None:
     """Put it into a live engine in place, as `follow_requests` does, and with it."""
     processor.__class__ = ShortcutOutputProcessor
+    assert isinstance(processor, ShortcutOutputProcessor)
+    processor.behind, processor.coalesced_tokens, processor.holding = behind, coalesced_tokens, {}

@@ -53,6 +53,7 @@ class OtherFrontEnds:
 class StackRequest:
     """What a stack is built from. `logging_config` is a dictConfig file for vLLM's processes, whose
     error records also land in `engine_error_log`. `fast_streams`: make the frames of plain text streams here.
+    `coalesced_tokens`: how many may share such a frame while the event loop is behind the engine.
     `traced`: make spans. `fork_server`: where the engine's processes come from; without one each starts anew. `others`:
     the front-ends that share the engine."""
 
@@ -61,6 +62,7 @@ class StackRequest:
     engine_error_log: Path
     count_cache_entries: int
     fast_streams: bool = True
+    coalesced_tokens: int = 1
     traced: bool = False
     fork_server: ForkServer | None = None
     others: OtherFrontEnds | None = None

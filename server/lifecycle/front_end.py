@@ -235,7 +235,7 @@ class FrontEnd:
         scratch, s = self._plan.scratch, self._settings
         request = StackRequest(
             (), scratch / LOGGING_CONFIG, scratch / ENGINE_ERRORS, s.context_count_cache_entries, s.fast_streams,
-            self._app.traces.on,
+            s.coalesced_tokens, self._app.traces.on,
         )  # fmt: skip
         join = JoinRequest(
             engine.blueprint, engine.input_address, engine.output_address, self._plan.index, self._plan.count,

@@ -225,8 +225,8 @@ class Process:
         errors.unlink(missing_ok=True)  # the words of an engine that is gone explain nothing about the next
         logs.write_child_config(config, errors, json_lines=logs.wants_json(s.log_format), level=s.log_level)
         request = StackRequest(
-            self._flags, config, errors, s.context_count_cache_entries, s.fast_streams, self._app.traces.on,
-            self._fork_server, self._several.sharing(),
+            self._flags, config, errors, s.context_count_cache_entries, s.fast_streams, s.coalesced_tokens,
+            self._app.traces.on, self._fork_server, self._several.sharing(),
         )  # fmt: skip
         return await build_stack(request, self._app.generation, self._app.slot.enter)
 

@@ -117,6 +117,11 @@ class Requests(BaseModel):
     fast_streams: bool = Field(
         True, description="Make the frames of plain text streams without vLLM's objects; the same bytes, less CPU."
     )
+    coalesced_tokens: int = Field(
+        8,
+        ge=1,
+        description="Tokens of a plain stream that may share a frame while the server is behind its engine; 1: none.",
+    )
     keep_alive_s: float = Field(10, gt=0, description="Seconds a stream may wait before a comment keeps it alive.")
 
 

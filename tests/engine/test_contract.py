@@ -171,6 +171,14 @@ def test_an_output_that_is_nothing_but_tokens_has_no_field_that_we_do_not_know()
     ]  # fmt: skip
 
 
+def test_the_steps_that_an_engine_has_made_wait_in_a_queue() -> None:
+    """By it the event loop knows that it is behind."""
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    assert "self.outputs_queue = asyncio.Queue[" in inspect.getsource(AsyncMPClient.__init__)
+    assert "await self.outputs_queue.get()" in inspect.getsource(AsyncMPClient.get_output_async)
+
+
 def test_plain_tokens_become_text_as_in_vllms_fast_detokenizer() -> None:
     """What `_decoded` does in its place: `update` without stop strings, and then `get_next_output_text`."""
     from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, FastIncrementalDetokenizer

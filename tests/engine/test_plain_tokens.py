@@ -50,15 +50,21 @@ class Client:
     refuses: set[int] = field(default_factory=set)
     text: str = ""
     offered: int = 0
+    counted: int = 0
 
     def deliver(self, index: int, text: str, token_ids: Any) -> Delivered | None:
         assert index == 0
-        assert token_ids
         self.offered += 1
         if self.offered in self.refuses:
             return None
         self.text += text
+        self.counted += len(token_ids)
         return DELIVERED
+
+    def hold(self, index: int, token_ids: Any) -> bool:
+        assert index == 0
+        self.counted += len(token_ids)
+        return True
 
 
 class Engine:
@@ -67,8 +73,8 @@ class Engine:
     def __init__(self, tokenizer: Any, names: list[str], params: SamplingParams, *, ours: bool) -> None:
         self.processor = OutputProcessor(tokenizer, log_stats=True)
         if ours:
-            deliver_plain_tokens(self.processor)
-        self.ours = ours
+            deliver_plain_tokens(self.processor, lambda: self.behind, coalesced_tokens=4)
+        self.behind = False
         self.collectors = {name: RequestOutputCollector(RequestOutputKind.DELTA, name) for name in names}
         self.clients = {name: Client() for name in names}
         for name in names:
@@ -81,7 +87,7 @@ class Engine:
 
     def open(self) -> None:
         for name, client in self.clients.items():
-            open_shortcut([self.processor.request_states[name]], client.deliver)
+            open_shortcut([self.processor.request_states[name]], client.deliver, client.hold)
 
     def step(self, number: int, outputs: list[EngineCoreOutput]) -> IterationStats:
         for collector in self.collectors.values():
@@ -97,6 +103,7 @@ class Engine:
             if (output := collector.get_nowait()) is not None:
                 assert isinstance(output, RequestOutput)
                 self.clients[name].text += output.outputs[0].text
+                self.clients[name].counted += len(output.outputs[0].token_ids)
 
 
 def _made(step: dict[str, list[int]], *, last: bool) -> list[EngineCoreOutput]:
@@ -111,9 +118,15 @@ _STEPS = st.lists(
 
 
 @settings(max_examples=150)
-@given(steps=_STEPS, refused=st.sets(st.integers(1, 8)), show_special=st.booleans(), stop=st.booleans())
+@given(
+    steps=_STEPS,
+    refused=st.sets(st.integers(1, 8)),
+    behind=st.sets(st.integers(0, 7)),
+    show_special=st.booleans(),
+    stop=st.booleans(),
+)
 def test_text_and_statistics_are_vllms(
-    tokenizer: Any, steps: Steps, refused: set[int], show_special: bool, stop: bool
+    tokenizer: Any, steps: Steps, refused: set[int], behind: set[int], show_special: bool, stop: bool
 ) -> None:
     params = SamplingParams(
         output_kind=RequestOutputKind.DELTA,
@@ -126,6 +139,7 @@ def test_text_and_statistics_are_vllms(
     ours.clients["a"].refuses = refused
     steps = [*steps, {name: [2000] for name in "abc"}]
     for number, step in enumerate(steps):
+        ours.behind = number in behind
         told = [engine.step(number, _made(step, last=number == len(steps) - 1)) for engine in (ours, theirs)]
         mine, vllms = told
         assert mine.num_generation_tokens == vllms.num_generation_tokens
@@ -134,9 +148,13 @@ def test_text_and_statistics_are_vllms(
             done.decode_time for done in vllms.finished_requests
         ]
         _assert_same_sequences(ours, theirs)
-    assert {name: client.text for name, client in ours.clients.items()} == {
-        name: client.text for name, client in theirs.clients.items()
-    }
+        if not ours.behind:
+            assert _read(ours) == _read(theirs)
+    assert _read(ours) == _read(theirs)
+
+
+def _read(engine: Engine) -> dict[str, tuple[str, int]]:
+    return {name: (client.text, client.counted) for name, client in engine.clients.items()}
 
 
 def _assert_same_sequences(ours: Engine, theirs: Engine) -> None:
@@ -154,6 +172,35 @@ def test_a_plain_token_is_delivered_without_an_output(tokenizer: Any, monkeypatc
     engine.step(0, [EngineCoreOutput("a", [2000])])
     assert engine.clients["a"].offered == 1
     assert engine.clients["a"].text == tokenizer.decode([504, 2000])
+
+
+def test_tokens_share_a_frame_while_the_loop_is_behind_and_never_else(tokenizer: Any) -> None:
+    engine = Engine(tokenizer, ["a"], SamplingParams(output_kind=RequestOutputKind.DELTA), ours=True)
+    engine.open()
+    engine.behind = True
+    for number in range(6):
+        engine.step(number, [EngineCoreOutput("a", [2000 + number])])
+    client = engine.clients["a"]
+    assert (client.offered, client.text) == (1, tokenizer.decode([504, 2000, 2001, 2002, 2003]))
+    engine.behind = False
+    engine.step(6, [])  # of other streams
+    assert (client.offered, client.text) == (2, tokenizer.decode([504, *range(2000, 2006)]))
+    engine.step(7, [EngineCoreOutput("a", [2006])])
+    assert client.offered == 3
+
+
+def test_what_is_held_of_a_stream_that_ends_or_is_aborted_goes_with_it(tokenizer: Any) -> None:
+    engine = Engine(tokenizer, ["a", "b"], SamplingParams(output_kind=RequestOutputKind.DELTA), ours=True)
+    engine.open()
+    engine.behind = True
+    engine.step(0, [EngineCoreOutput(name, [2000]) for name in "ab"])
+    engine.processor.abort_requests(["b"], internal=True)
+    engine.step(1, [EngineCoreOutput("a", [2001], finish_reason=FinishReason.LENGTH)])
+    assert engine.clients["a"].text == tokenizer.decode([504, 2000, 2001])
+    engine.behind = False
+    engine.step(2, [])
+    assert not engine.processor.request_states
+    assert engine.clients["b"].offered == 0
 
 
 def test_what_carries_more_than_tokens_goes_vllms_way(tokenizer: Any) -> None:
