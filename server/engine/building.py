@@ -27,6 +27,7 @@ from server.engine.arguments import EngineArguments, complete_arguments, parse_a
 from server.engine.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from server.engine.figures import EngineFigures, capacity_of, measure_unloaded
 from server.engine.fork_server import engines_forked
+from server.engine.kept_responses import keep_apart
 from server.engine.operations import collect_operations
 from server.engine.plain_streams import splice_chat, splice_completions
 from server.engine.processes import EngineFamily, pids_of
@@ -183,6 +184,7 @@ async def build_on(
     await init_app_state(engine, state, args, tasks)
     check_before_loading(state.openai_serving_models, args)
     await open_renderer_seam(state.online_renderer, engine.seams, request.count_cache_entries)
+    keep_apart(state.openai_serving_responses, engine.seams.owner)
     parser_is_borrowed = not arguments.uses_tools and not arguments.parser_named and not args.reasoning_parser
     _lighten(state, parse_tools_only=parser_is_borrowed, fast_streams=request.fast_streams)
     config = engine.vllm_config

@@ -6,8 +6,9 @@ Only what is known to leave the GPUs alone: a process that has opened one cannot
 import logging
 from contextlib import suppress
 from importlib import import_module
+from typing import Any
 
-from server.engine.processes import end_with_parent
+from server.engine.processes import end_with_parent, meeting_place
 
 end_with_parent()
 with suppress(ImportError):  # it finds the words of the command line only before anybody has changed the environment
@@ -15,7 +16,9 @@ with suppress(ImportError):  # it finds the words of the command line only befor
 
 logging.disable(logging.WARNING)  # the server says the same things when it imports them
 import_module("vllm.v1.engine.core")
-import_module("vllm.v1.executor.multiproc_executor")
+for kind in ("uniproc", "multiproc"):
+    executor: Any = import_module(f"vllm.v1.executor.{kind}_executor")
+    executor.get_file_store_init_method = meeting_place
 if import_module("vllm.platforms").current_platform.is_cpu():
     import_module("vllm.v1.worker.cpu_worker")
 logging.disable(logging.NOTSET)

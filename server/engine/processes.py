@@ -9,17 +9,20 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import psutil
 import structlog
 
 log = structlog.get_logger(__name__)
 
+SOCKETS_FOLDER: Final = "VLLM_RPC_BASE_PATH"  # where vLLM puts its engine's sockets
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps it
 _EXIT_TIMEOUT_S: Final = 5.0
 _EXIT_LOOK_S: Final = 0.01
@@ -94,6 +97,16 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it ended before we had asked
         os._exit(1)
+
+
+def meeting_place() -> str:
+    """The file by which an engine's workers find each other, for vLLM's `get_file_store_init_method`.
+
+    vLLM puts it into the machine's temporary folder, and an engine that is ended at once does not take it away. Beside
+    the engine's sockets it goes when the server does.
+    """
+    folder = os.environ.get(SOCKETS_FOLDER) or tempfile.gettempdir()
+    return f"file://{folder}/vllm_dist_{uuid4().hex}"
 
 
 def pids_of(engine_core: Any) -> list[int]:

@@ -94,6 +94,10 @@ class Seams(Protocol):
         """The priority for the engine's own queue, where lower is earlier; `asked` is what vLLM read."""
         ...
 
+    def owner(self) -> str:
+        """Whose work it is that runs here. What one owner has stored is not there for another."""
+        ...
+
     def trace_headers(self) -> dict[str, str]:
         """What puts the engine's span into the trace of the request that runs here."""
         ...

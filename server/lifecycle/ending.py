@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Final, Never
 
@@ -17,7 +18,8 @@ def leave_behind_the_loading(scratch: Path, code: int) -> Never:
 
     Until the last moment it may write files and start processes, so both are cleared away here once more.
     """
-    shutil.rmtree(scratch, ignore_errors=True)
+    for folder in (scratch, Path(get_temp_dir())):
+        shutil.rmtree(folder, ignore_errors=True)
     end_children(spared=None)
     sys.stderr.flush()
     os._exit(code)

@@ -16,6 +16,7 @@ import uvloop
 
 from server.app import Application, build_application
 from server.engine.fork_server import ForkServer
+from server.engine.processes import SOCKETS_FOLDER
 from server.engine.start_failures import StartFailure
 from server.engine.supervisor import Supervisor
 from server.lifecycle.draining import drain
@@ -43,7 +44,6 @@ log = structlog.get_logger("server.lifecycle")
 _LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 _REPORT_INTERVAL_S: Final = 10.0
 _REDIS_START_S: Final = 3.0
-_SOCKETS_FOLDER: Final = "VLLM_RPC_BASE_PATH"  # where vLLM puts its engine's sockets
 _NO_ENGINE: Final = "The model could not be started again. Please try again later."
 
 
@@ -76,7 +76,7 @@ def prepared(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str
     """A process that does not run yet, on a machine made ready for it. Raises `BadRedisUrl` and `TenantsFileError`."""
     raise_open_files_limit()
     with tempfile.TemporaryDirectory(prefix="tidegate-") as scratch:
-        os.environ.setdefault(_SOCKETS_FOLDER, scratch)
+        os.environ.setdefault(SOCKETS_FOLDER, scratch)
         yield Process(settings, vllm_args, versions, Path(scratch))
 
 

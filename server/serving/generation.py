@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from server.policy.edits import Edits
 from server.policy.forecast import Step
 from server.policy.refusals import Refusal
+from server.policy.tenants import ANYONE
 from server.policy.terms import DEFAULT_TERMS
 from server.serving.charging import Charging
 from server.serving.fitting import HistoryFitter
@@ -57,6 +58,11 @@ class Generation:
         """
         request = current_request()
         return (DEFAULT_TERMS if request is None else request.terms).engine_priority(asked)
+
+    def owner(self) -> str:
+        """The tenant whose request runs here, by name."""
+        request = current_request()
+        return (ANYONE if request is None else request.tenant).name
 
     def trace_headers(self) -> dict[str, str]:
         """By these the engine adds to the trace of the request that runs here; empty where it is in none."""

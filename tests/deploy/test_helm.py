@@ -72,6 +72,23 @@ def test_the_server_takes_the_settings_that_the_chart_writes(tmp_path: Path, mon
 
 
 @needs_helm
+def test_the_number_of_front_ends_is_the_servers_setting_and_a_change_of_it_replaces_the_pods(tmp_path: Path) -> None:
+    one, two, own = (
+        rendered(tmp_path, values)
+        for values in ({}, {"apiServerCount": 2}, {"apiServerCount": 2, "settings": {"api_server_count": 3}})
+    )
+    told = [tomllib.loads(manifests["ConfigMap"]["data"]["tidegate.toml"]) for manifests in (one, two, own)]
+    assert [settings.get("api_server_count") for settings in told] == [None, 2, 3]
+    (tmp_path / "tidegate.toml").write_text(two["ConfigMap"]["data"]["tidegate.toml"])
+    assert load_settings({}, tmp_path / "tidegate.toml").api_server_count == 2
+    checksums = {
+        manifests["Deployment"]["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
+        for manifests in (one, two, own)
+    }
+    assert len(checksums) == 3
+
+
+@needs_helm
 def test_a_pod_may_drain_before_it_is_killed(tmp_path: Path) -> None:
     manifests = rendered(tmp_path, {"drain": {"delaySeconds": 7, "timeoutSeconds": 200}})
     assert pod(manifests)["terminationGracePeriodSeconds"] > 207
@@ -105,6 +122,7 @@ def test_replicas_are_left_to_the_autoscaler(tmp_path: Path) -> None:
         ({"redis": {"deploy": True, "url": "redis://r"}}, "keep one"),
         ({"ingress": {"enabled": True}}, "needs ingress.host"),
         ({"replica": 2}, "replica"),
+        ({"apiServerCount": 0}, "apiServerCount"),
         ({"settings": {"vllm": {"max-model-len": 1}}}, "vllm"),
         ({"redis": {"url": "redis:6379"}}, "redis"),
     ],

@@ -317,6 +317,15 @@ def test_an_engine_that_is_dead_says_so_before_its_requests_learn_of_it() -> Non
     assert alive.index("engine_dead = True") < alive.index("raise EngineDeadError")
 
 
+def test_the_file_by_which_workers_meet_is_named_by_a_function_that_both_executors_have() -> None:
+    from server.engine.processes import meeting_place
+
+    for kind in ("uniproc", "multiproc"):
+        executor = import_module(f"vllm.v1.executor.{kind}_executor")
+        assert "distributed_init_method = get_file_store_init_method()" in inspect.getsource(executor)
+        assert _parameters(executor.get_file_store_init_method) == _parameters(meeting_place) == []
+
+
 def test_an_adapter_can_be_checked_with_vllms_own_rules() -> None:
     from vllm.config.lora import LoRAConfig
     from vllm.lora.peft_helper import PEFTHelper

@@ -52,7 +52,7 @@ class Told:
 async def join(plan: bytes, addresses: tuple[str, str], told: Told, folder: Path) -> Stack:
     request = StackRequest((), folder / "logging.json", folder / "errors.log", 100)
     (folder / "logging.json").write_text('{"version": 1, "disable_existing_loggers": false}')
-    seams = cast("Seams", Namespace(stepped=None))
+    seams = cast("Seams", Namespace(stepped=None, owner=lambda: "anyone"))
     return await build_joined(JoinRequest(plan, *addresses, 1, 2, told.step, told.gone), request, seams)
 
 

@@ -1,7 +1,9 @@
 """A real server as a child process, on a free loopback port."""
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,11 +29,12 @@ TEST_ENVIRONMENT = {
 
 @dataclass(slots=True)
 class RunningServer:
-    """One `tidegate serve` process and where it answers."""
+    """One `tidegate serve` process and where it answers. `temporary` is its folder for what ends with it."""
 
     process: subprocess.Popen[bytes]
     url: str
     log_file: Path
+    temporary: Path
 
     @property
     def log(self) -> str:
@@ -107,10 +110,13 @@ class RunningServer:
 def start_server(folder: Path, *args: str, environment: Mapping[str, str] | None = None) -> RunningServer:
     """Start `tidegate serve ARGS` on a port of its choice; returns as soon as it listens."""
     log_file = folder / "server.log"
+    temporary = Path(tempfile.mkdtemp(prefix="tidegate-test-"))  # short: sockets lie in it
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)  # a server that is killed clears nothing away
     command = serve_command("--port", "0", "--log-format", "json", "--data-folder", str(folder / "data"), *args)
+    own = _environment(environment) | {"TMPDIR": str(temporary)}
     with log_file.open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(environment))
-    server = RunningServer(process, "", log_file)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=own)
+    server = RunningServer(process, "", log_file, temporary)
     deadline_s = time.monotonic() + 30
     while time.monotonic() < deadline_s and process.poll() is None:
         listening = [event for event in server.log_events() if event.get("event") == "listening"]

@@ -91,6 +91,21 @@ def test_a_stop_lets_running_streams_finish_and_leaves_no_child(start_tiny: Star
     assert _alive(family) == []
 
 
+@pytest.mark.parametrize("loaded", [True, False], ids=["serving", "loading"])
+def test_a_stop_leaves_no_file_in_the_temporary_folder(start_tiny: StartTiny, loaded: bool) -> None:
+    server = start_tiny()
+    if loaded:
+        server.wait_until_ready()
+        assert list(server.temporary.rglob("vllm_dist_*"))
+    else:
+        deadline_s = time.monotonic() + 30
+        while not list(server.temporary.glob("pymp-*")):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+    assert server.stop() == 0
+    assert {path.name for path in server.temporary.iterdir() if not path.name.startswith("torchinductor_")} == set()
+
+
 def test_a_second_signal_ends_open_streams_with_an_error_event(start_tiny: StartTiny) -> None:
     server = start_tiny()
     server.wait_until_ready()

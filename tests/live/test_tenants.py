@@ -25,9 +25,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(folder: Path, tiny_tools_model: Path) -> Iterator[RunningServer]:
-    """A server with its own embedded Redis, and two names for its model."""
+    """A server with its own embedded Redis, two names for its model, and a store of responses."""
     names = ("--served-model-name", "tiny", "hidden")
-    running = start_server(folder, str(tiny_tools_model), "--max-model-len", "2048", *names)
+    stores = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    running = start_server(folder, str(tiny_tools_model), "--max-model-len", "2048", *names, environment=stores)
     running.wait_until_ready()
     yield running
     running.kill()
@@ -96,6 +97,42 @@ def test_a_model_that_is_not_the_tenants_is_answered_like_one_that_is_not_there(
     assert "Valid aliases: not-loaded, tiny." in foreign.text
     assert [card.id for card in client(shared, limited).models.list()] == ["tiny"]
     assert say_hello(client(shared, everything), "hidden") >= 1
+
+
+def test_a_stored_response_is_for_another_tenant_one_that_is_not_there(shared: RunningServer, folder: Path) -> None:
+    owner, other = (
+        httpx.Client(
+            base_url=f"{shared.url}/v1",
+            headers={"authorization": f"Bearer {keys(shared, folder, 'create', name)}"},
+            timeout=60,
+        )
+        for name in ("owner", "other")
+    )
+    with owner, other:
+        asked = {"model": "tiny", "input": "Hello.", "max_output_tokens": 4}
+        told = owner.post("/responses", json=asked).json()["id"]
+        long = {**asked, "max_output_tokens": 1900, "ignore_eos": True, "background": True}
+        begun = owner.post("/responses", json=long).json()["id"]
+        for response_id in (told, begun):
+            foreign, absent = (
+                [
+                    other.get(f"/responses/{named}"),
+                    other.get(f"/responses/{named}", params={"stream": True}),
+                    other.post(f"/responses/{named}/cancel"),
+                    other.post("/responses", json={**asked, "previous_response_id": named}),
+                ]
+                for named in (response_id, "resp_absent")
+            )
+            assert [answer.status_code for answer in foreign] == [404] * 4
+            assert [answer.text.replace(response_id, "resp_absent") for answer in foreign] == [
+                answer.text for answer in absent
+            ]
+        kept = owner.get(f"/responses/{told}").text
+        assert other.post("/responses", json={**asked, "request_id": told}).json()["id"] == told
+        assert owner.get(f"/responses/{told}").text == kept != other.get(f"/responses/{told}").text
+        assert owner.post("/responses", json={**asked, "previous_response_id": told}).status_code == 200
+        assert owner.get(f"/responses/{begun}").json()["status"] in {"queued", "in_progress"}
+        assert owner.post(f"/responses/{begun}/cancel").json()["status"] == "cancelled"
 
 
 def test_a_limit_holds_and_what_was_used_is_told(shared: RunningServer, folder: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from server.policy.refusals import Draining, GenerationFailed, Overloaded
+from server.policy.tenants import Tenant
+from server.serving.generation import Generation
 from server.serving.requests import OpenRequest, OpenRequests, current_request
 from tests.serving.fake_stack import demand, new_generation
 
@@ -32,6 +34,20 @@ async def ended(task: "asyncio.Task[None]") -> BaseException | None:
 async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
+
+
+async def test_what_runs_for_a_request_is_its_tenants_work() -> None:
+    generation, requests = new_generation(), OpenRequests()
+    opened = OpenRequest(request_id="a", path="/v1/responses", tenant=Tenant("search"))
+    async with requests.open(opened):
+        in_background = asyncio.create_task(_owner_later(generation))
+        assert generation.owner() == "search"
+    assert (await in_background, generation.owner()) == ("search", "anyone")
+
+
+async def _owner_later(generation: Generation) -> str:
+    await asyncio.sleep(0)
+    return generation.owner()
 
 
 class Engine:
