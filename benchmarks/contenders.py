@@ -112,11 +112,11 @@ class Contender:
 
     def front_cpu_s(self) -> float:
         """CPU seconds so far of the process that speaks HTTP."""
-        return _cpu_s(self.process.pid)
+        return cpu_s(self.process.pid)
 
     def total_cpu_s(self) -> float:
         """CPU seconds so far of all its processes."""
-        return sum(_cpu_s(member.pid) for member in self._family())
+        return sum(cpu_s(member.pid) for member in self._family())
 
     def stop(self) -> None:
         """End it as an operator would, then whatever is left of its processes."""
@@ -180,6 +180,21 @@ def environment(flags: Sequence[str] = ()) -> dict[str, str]:
     return {name: value for name, value in {**ENVIRONMENT, **own}.items() if name not in left_out}
 
 
+@contextmanager
+def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Inside it, servers that are started have these environment variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def shown_settings(model: str, flags: Sequence[str]) -> dict[str, object]:
     """What both contenders were given, for the report."""
     given = environment(flags)
@@ -197,8 +212,11 @@ def _answers(client: httpx.Client, path: str) -> bool:
         return False
 
 
-def _cpu_s(pid: int) -> float:
-    """From the kernel's clock of that process (`clock_getcpuclockid`); /proc counts in steps of 10 ms."""
+def cpu_s(pid: int) -> float:
+    """CPU seconds so far of a process, 0 once it has ended.
+
+    From the kernel's clock of that process (`clock_getcpuclockid`); /proc counts in steps of 10 ms.
+    """
     try:
         return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
     except OSError:  # it has ended

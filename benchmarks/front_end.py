@@ -2,11 +2,10 @@
 
 import asyncio
 import json
-import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,20 @@ from typing import Final
 
 import click
 
-from benchmarks import instant_engine, load
+from benchmarks import instant_engine, load, several_front_ends
 from benchmarks.command import embedded_model
 from benchmarks.comparison import Comparison, Metric, Row, say
-from benchmarks.contenders import MODEL_NAME, PLAIN, TIDEGATE, Contender, Kind, shown_settings, started
+from benchmarks.contenders import (
+    MODEL_NAME,
+    PLAIN,
+    TIDEGATE,
+    Contender,
+    ContenderFailed,
+    Kind,
+    shown_settings,
+    started,
+    variables_set,
+)
 from benchmarks.load import Load
 
 _CPU: Final = Metric("cpu_us_per_token", "front-end µs CPU/token", "lower")
@@ -73,10 +82,22 @@ def _works(*, quick: bool) -> dict[int, list[Work]]:
 @click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Pairs of turns.")
 @click.option("--noise", is_flag=True, help="Compare plain vLLM with itself.")
 @click.option("--json", "as_json", is_flag=True, help="Add one JSON object as the last line.")
+@click.option("--api-server-count", type=click.IntRange(1), default=1, help="Compare so many processes with one.")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- TIDEGATE FLAGS]")
-def command(model: str | None, quick: bool, pairs: int, noise: bool, as_json: bool, flags: tuple[str, ...]) -> None:
+def command(
+    model: str | None,
+    quick: bool,
+    pairs: int,
+    noise: bool,
+    as_json: bool,
+    api_server_count: int,
+    flags: tuple[str, ...],
+) -> None:
     """CPU per streamed token, TTFT and requests/s of the front-end, over an engine that takes no time."""
     model = model or embedded_model()
+    if api_server_count > 1:
+        _several(model, api_server_count, flags, pairs=pairs, quick=quick, as_json=as_json)
+        return
     first = PLAIN if noise else TIDEGATE
     rows: list[Row] = []
     for steps_per_s, works in _works(quick=quick).items():
@@ -93,6 +114,18 @@ def command(model: str | None, quick: bool, pairs: int, noise: bool, as_json: bo
     comparison.print()
     if as_json:
         click.echo(json.dumps({"benchmark": "front-end", **_headline(rows), **comparison.as_dict()}))
+
+
+def _several(model: str, count: int, flags: tuple[str, ...], *, pairs: int, quick: bool, as_json: bool) -> None:
+    try:
+        comparisons = several_front_ends.both(count, model, flags, pairs=pairs, quick=quick)
+    except ContenderFailed as failure:
+        raise click.ClickException(str(failure)) from failure
+    for comparison in comparisons:
+        comparison.print()
+    if as_json:
+        compared = [comparison.as_dict() for comparison in comparisons]
+        click.echo(json.dumps({"benchmark": "several-front-ends", "comparisons": compared}))
 
 
 def _headline(rows: Sequence[Row]) -> dict[str, float]:
@@ -130,21 +163,6 @@ def _command(kind: Kind) -> Command:
         return [sys.executable, "-m", "benchmarks.instant_engine", kind.name, *words[skipped:]]
 
     return command
-
-
-@contextmanager
-def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
-    """Inside it, servers that are started have these environment variables."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _measure(work: Work, ours: Measured, theirs: Measured, pairs: int) -> list[Row]:

@@ -16,8 +16,8 @@ import click
 from benchmarks import load
 from benchmarks.command import embedded_model
 from benchmarks.comparison import Comparison, Metric, Row, say
-from benchmarks.contenders import MODEL_NAME, PLAIN, TIDEGATE, shown_settings
-from benchmarks.front_end import Measured, instant, variables_set
+from benchmarks.contenders import MODEL_NAME, PLAIN, TIDEGATE, shown_settings, variables_set
+from benchmarks.front_end import Measured, instant
 from benchmarks.load import WORDS, Load, LoadFailed
 
 _GAP_MAX: Final = Metric("itl_max_ms", "longest gap between tokens, ms", "lower")

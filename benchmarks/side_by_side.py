@@ -19,8 +19,18 @@ import click
 from benchmarks import litellm_proxy, load
 from benchmarks.command import embedded_model
 from benchmarks.comparison import Metric, machine, say
-from benchmarks.contenders import MODEL_NAME, PLAIN, TIDEGATE, Contender, ContenderFailed, Kind, shown_settings, started
-from benchmarks.front_end import SATURATED_STEPS_PER_S, Work, instant, variables_set
+from benchmarks.contenders import (
+    MODEL_NAME,
+    PLAIN,
+    TIDEGATE,
+    Contender,
+    ContenderFailed,
+    Kind,
+    shown_settings,
+    started,
+    variables_set,
+)
+from benchmarks.front_end import SATURATED_STEPS_PER_S, Work, instant
 from benchmarks.load import Load
 from benchmarks.side_by_side_report import Block, SideBySide, Turn
 
