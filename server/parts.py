@@ -123,7 +123,7 @@ def build_parts(
     witness = ResilienceMetrics(registry)
     witness.watch_engine(lambda: slot.ready)
     fallback = Fallback(_upstreams(settings), witness, random.random, trace_headers=traces.carrier)
-    sources = LadderSources(lambda: gate.pressure, slot, bool(fallback))
+    sources = LadderSources(lambda: gate.pressure, lambda: gate.calm, slot, bool(fallback))
     ladder = LadderWatch(_ladder_rules(settings), sources, RedisPins(store.patient_client), witness)
     guards = _guards(settings, gate, charging, ladder, fallback, witness)
     service = Service(slot, requests, _body_rules(settings), fitter, guards)

@@ -221,7 +221,7 @@ class FrontEnd:
         else:
             await self._app.requests.drain(0)
             await self._app.requests.end_all(NotReady(self._because or "The model could not be reached any more."))
-        http.should_exit = True
+        http.stop()
         await serving
         return int(supervising.done())
 

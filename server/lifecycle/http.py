@@ -1,5 +1,6 @@
 """The HTTP server of a process."""
 
+import asyncio
 import contextlib
 from collections.abc import Generator, Sequence
 from typing import Any, Final
@@ -7,14 +8,36 @@ from typing import Any, Final
 import uvicorn
 
 from server.settings import Settings
+from server.store.beats import until_beat
 
 # Longer than proxies keep theirs (nginx: 60 s): a connection that both may close is closed under a request some day.
 _KEEP_ALIVE_S: Final = 75
 _HTTP_STOP_TIMEOUT_S: Final = 5
+# How old the `date` of an answer may be.
+_TICK_S: Final = 1.0
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: a signal drains first and stops HTTP last."""
+    """uvicorn without its signal handlers: a signal drains first and stops HTTP last.
+
+    uvicorn itself looks ten times a second whether it is to end. This one is told, and wakes up for the clock alone.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Take no more connections, and let `serve` return when those that are open have ended."""
+        self.should_exit = True
+        self._stopping.set()
+
+    async def main_loop(self) -> None:
+        """Keep the headers of every answer up to date until told to stop."""
+        while not await self.on_tick(0):  # each of uvicorn's tens of ticks begins with the one that sets them
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(until_beat(_TICK_S)):
+                    await self._stopping.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

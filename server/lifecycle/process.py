@@ -117,7 +117,7 @@ class Process:
             async with self._app.store.running(), self._keys_followed(), self._app.batches.running():
                 code = await self._live(listener)
         finally:
-            http.should_exit = True
+            http.stop()
             await serving
             await asyncio.to_thread(self._app.traces.close)
         return code

@@ -90,7 +90,7 @@ class Several:
             try:
                 yield
             finally:
-                http.should_exit = True
+                http.stop()
                 await serving
 
 

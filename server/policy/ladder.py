@@ -34,7 +34,11 @@ DESCRIPTIONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class LadderRules:
-    """`highest` is the highest level that pressure alone may reach. Pressures are ratios, the rest seconds."""
+    """`highest` is the highest level that pressure alone may reach. Pressures are ratios, the rest seconds.
+
+    A sample counts for the time since the one before it, and for `longest_sample_s` at most: after a pause nobody knows
+    how long the pressure was as it is now, and a moment must not count like a second.
+    """
 
     highest: Level = Level.ESSENTIAL
     up_pressure: float = 1.0
@@ -43,6 +47,7 @@ class LadderRules:
     down_after_s: float = 15.0
     dwell_s: float = 5.0
     smoothing_s: float = 1.0
+    longest_sample_s: float = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +62,14 @@ class Ladder:
     low_since_s: float | None = None
 
 
+def at_rest(ladder: Ladder, rules: LadderRules) -> bool:
+    """Whether the ladder stands at its foot, and nothing draws it up or is still to be forgotten."""
+    return ladder.level == Level.NORMAL and ladder.pressure < rules.down_pressure
+
+
 def step(ladder: Ladder, pressure: float, now_s: float, rules: LadderRules) -> Ladder:
     """The ladder after one more sample of the pressure; it moves by one level at most."""
-    smooth = _smoothed(ladder, pressure, now_s, rules.smoothing_s)
+    smooth = _smoothed(ladder, pressure, now_s, rules)
     high = _since(ladder.high_since_s, smooth > rules.up_pressure, now_s)
     low = _since(ladder.low_since_s, smooth < rules.down_pressure, now_s)
     seen = replace(ladder, seen_at_s=now_s, pressure=smooth, high_since_s=high, low_since_s=low)
@@ -72,11 +82,12 @@ def step(ladder: Ladder, pressure: float, now_s: float, rules: LadderRules) -> L
     return seen
 
 
-def _smoothed(ladder: Ladder, pressure: float, now_s: float, smoothing_s: float) -> float:
-    """An exponential average whose weight follows the time since the last sample, whatever the rate of samples."""
+def _smoothed(ladder: Ladder, pressure: float, now_s: float, rules: LadderRules) -> float:
+    """An exponential average whose weight follows the time that the sample counts for, whatever the rate of samples."""
     if ladder.seen_at_s is None:
         return pressure
-    keep = math.exp(-max(now_s - ladder.seen_at_s, 0.0) / smoothing_s)
+    sample_s = min(max(now_s - ladder.seen_at_s, 0.0), rules.longest_sample_s)
+    keep = math.exp(-sample_s / rules.smoothing_s)
     return keep * ladder.pressure + (1 - keep) * pressure
 
 

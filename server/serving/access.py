@@ -19,6 +19,7 @@ from cachetools import LRUCache
 from server.policy.refusals import InvalidApiKey, StoreUnavailable
 from server.policy.tenants import ANYONE, OPERATOR, Key, Tenant
 from server.serving.declared_tenants import DeclaredTenants
+from server.store.beats import until_beat
 from server.store.keys import KEY_PREFIX, digest
 from server.store.reaching import RedisUnavailable
 from server.store.tenants import RecordsState, TenantRecords
@@ -122,7 +123,7 @@ class Access:
     async def refresh(self) -> None:
         """Learn from Redis whether anything has changed."""
         try:
-            seen = await self._records.state()
+            seen = await self._records.state(self._state)
         except RedisUnavailable as error:
             self._note_failure(error)
             return
@@ -149,13 +150,14 @@ class Access:
         told: bool | None = None
         while True:
             await self.refresh()
-            await asyncio.to_thread(self._declared.follow)
+            if self._declared.in_a_file:
+                await asyncio.to_thread(self._declared.follow)
             if self.open is not None and self.open != told:
                 told = self.open
                 on_change(told)
             await self.flush()
             with suppress(TimeoutError):
-                async with asyncio.timeout(_WATCH_INTERVAL_S):
+                async with asyncio.timeout(until_beat(_WATCH_INTERVAL_S)):
                     await self._hurry.wait()
             self._hurry.clear()
 

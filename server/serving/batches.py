@@ -19,6 +19,7 @@ from server.serving.batch_work import LineParts
 from server.serving.blocking import in_thread
 from server.store.answer_log import LogInUse
 from server.store.batches import LEASE_S
+from server.store.beats import until_beat
 from server.store.ending import ended
 from server.store.file_bodies import DiskFull
 from server.store.file_records import StoredFile
@@ -27,6 +28,8 @@ from server.store.reaching import RedisUnavailable
 log = structlog.get_logger(__name__)
 
 _LOOK_INTERVAL_S: Final = 1.0
+# While none is open: whoever makes one has it run at once, and others look after those of a replica that cannot.
+_REST_INTERVAL_S: Final = 5.0
 _RENEW_INTERVAL_S: Final = LEASE_S / 5
 _SWEEP_INTERVAL_S: Final = 60.0
 _SWEPT_AT_ONCE: Final = 100
@@ -88,8 +91,10 @@ class BatchRunner:
         missed = 0
         while True:
             self._look_now.clear()
+            pause_s = _LOOK_INTERVAL_S
             try:
-                await self._look()
+                if not await self._look():
+                    pause_s = _REST_INTERVAL_S
                 self._say("")
                 missed = 0
             except RedisUnavailable as error:
@@ -101,21 +106,22 @@ class BatchRunner:
             except Exception:
                 log.exception("batches wait")
             with suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_INTERVAL_S):
+                async with asyncio.timeout(until_beat(pause_s)):
                     await self._look_now.wait()
 
-    async def _look(self) -> None:
-        """Take up what can be taken up."""
+    async def _look(self) -> bool:
+        """Take up what can be taken up. Returns whether any batch is open."""
         open_batches = await self._keeping.batches.open(self._keeping.bodies.folder_id())
         self._measure(open_batches)
         if self._lines.runner.draining or not self._lines.runner.ready:
-            return
+            return bool(open_batches)
         busy = {batch.tenant for batch in open_batches if batch.id in self._tasks}
         for batch in open_batches:
             if len(self._tasks) >= _MOST_AT_ONCE:
-                return
+                break
             if batch.tenant not in busy and await self._take(batch):
                 busy.add(batch.tenant)
+        return bool(open_batches)
 
     async def _take(self, batch: Batch) -> bool:
         if batch.id in self._tasks or time.monotonic() < self._rest_until_s.get(batch.id, 0.0):

@@ -29,6 +29,11 @@ class DeclaredTenants:
         self.generation = 0
 
     @property
+    def in_a_file(self) -> bool:
+        """Whether there is a file to follow."""
+        return self._path is not None
+
+    @property
     def tenants(self) -> Mapping[str, Tenant]:
         return self._content.tenants
 

@@ -14,11 +14,13 @@ from server.policy.ladder import (
     LadderRules,
     Level,
     Pin,
+    at_rest,
     effective,
     step,
     with_engine_state,
 )
 from server.serving.engine_slot import EngineSlot
+from server.store.beats import until_beat
 from server.store.level import PinsUnreachable
 from server.telemetry.resilience import ResilienceMetrics
 
@@ -26,6 +28,8 @@ log = structlog.get_logger(__name__)
 audit = structlog.get_logger("server.audit")
 
 _PRESSURE_INTERVAL_S: Final = 0.25
+# While the gate is calm and the ladder at rest. Two seconds of pressure lead up, so it is seen in time.
+_REST_INTERVAL_S: Final = 1.0
 # A round trip to Redis each time, and a change has to be everywhere within a second.
 _PIN_INTERVAL_S: Final = 0.5
 _PRESSURE: Final = "pressure"
@@ -70,9 +74,13 @@ class LocalPins:
 
 @dataclass(frozen=True, slots=True)
 class LadderSources:
-    """What the watch looks at. `pressure` is the predicted wait for a first token over what is promised."""
+    """What the watch looks at. `pressure` is the predicted wait for a first token over what is promised.
+
+    `calm` tells whether so much room is free that no pressure can be near.
+    """
 
     pressure: Callable[[], float]
+    calm: Callable[[], bool]
     slot: EngineSlot
     has_fallback: bool
 
@@ -135,12 +143,16 @@ class LadderWatch:
         while True:
             await self._read_pin()
             self._tell()
-            await asyncio.sleep(_PIN_INTERVAL_S)
+            await asyncio.sleep(until_beat(_PIN_INTERVAL_S))
 
     async def _follow_pressure(self) -> None:
         while True:
             self._take_in_pressure()
-            await asyncio.sleep(_PRESSURE_INTERVAL_S)
+            await asyncio.sleep(until_beat(_REST_INTERVAL_S if self._at_rest else _PRESSURE_INTERVAL_S))
+
+    @property
+    def _at_rest(self) -> bool:
+        return self._sources.calm() and at_rest(self._ladder, self._rules)
 
     def _take_in_pressure(self) -> None:
         # Without an engine nothing is known of the load, and nothing is saved by answering shorter.

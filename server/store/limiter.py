@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 import structlog
 
 from server.policy.limits import Cost, Moments, Refused, Scope
+from server.store.beats import until_beat
 from server.store.connection import FAILURES, TIMEOUT_S
 from server.store.ending import ended
 from server.store.limit_script import Answer, LimitScript, leases_key
@@ -33,7 +34,6 @@ _PATIENCE_S: Final = 0.015
 _TURNS_TO_READ: Final = 3
 _BEHIND_SETTLES_S: Final = 0.005
 _PROBE_INTERVAL_S: Final = 2.0
-_ALIVE_INTERVAL_S: Final = 1.0
 _ALIVE_TTL_US: Final = 15_000_000
 _HEARTBEAT_S: Final = 20.0
 _SETTLES_KEPT: Final = 50_000
@@ -297,7 +297,7 @@ class Limiter:
                 await asyncio.sleep(_PROBE_INTERVAL_S)
             else:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(_ALIVE_INTERVAL_S):
+                    async with asyncio.timeout(until_beat(_PROBE_INTERVAL_S)):
                         await self._lost.wait()
 
     async def _keep_leases(self) -> None:

@@ -60,10 +60,14 @@ class TenantRecords:
     def __init__(self, client: Client) -> None:
         self._redis: Any = client  # redis-py types both of its clients' commands as "maybe awaitable"
 
-    async def state(self) -> RecordsState:
+    async def state(self, seen: RecordsState | None = None) -> RecordsState:
+        """How they stand. `seen` is what was read last: under its version nothing has changed, nor is read again."""
         async with reached():
-            version, tenants = await self._redis.get(_VERSION), await self._redis.scard(_NAMES)
-        return RecordsState(None if version is None else _text(version), int(tenants))
+            found = await self._redis.get(_VERSION)
+            version = None if found is None else _text(found)
+            if seen is not None and version == seen.version:
+                return seen
+            return RecordsState(version, int(await self._redis.scard(_NAMES)))
 
     async def find_key(self, digest: str) -> Key | None:
         """The key with this digest, without its time of last use."""

@@ -40,7 +40,7 @@ class Switch:
 
     def __init__(self, *, has_fallback: bool = False) -> None:
         self.pins = FragilePins()
-        sources = LadderSources(lambda: 0.0, EngineSlot(), has_fallback)
+        sources = LadderSources(lambda: 0.0, lambda: True, EngineSlot(), has_fallback)
         self.ladder = LadderWatch(LadderRules(), sources, self.pins, ResilienceMetrics(CollectorRegistry()))
         app = FastAPI()
         app.include_router(level_router(self.ladder, self._operators))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.policy.ladder import Ladder, LadderRules, Level, Pin, effective, step, with_engine_state
+from server.policy.ladder import Ladder, LadderRules, Level, Pin, at_rest, effective, step, with_engine_state
 
 RULES = LadderRules(highest=Level.FALLBACK)
 PIN = Pin(Level.SHORT_CONTEXT, "a test", "somebody", 60.0)
@@ -30,6 +30,37 @@ def test_a_short_burst_leads_nowhere() -> None:
     for _ in range(5):
         ladder = under(0.0, 20.0, under(10.0, 1.0, ladder))
         assert ladder.level == Level.NORMAL
+
+
+def rested() -> Ladder:
+    """The ladder after a while of looks that are a second apart."""
+    ladder = Ladder()
+    for second in range(60):
+        ladder = step(ladder, 0.01, second, RULES)
+    return ladder
+
+
+def test_a_moment_of_high_pressure_after_a_pause_counts_like_any_other() -> None:
+    ladder = step(rested(), 20.0, 60.0, RULES)
+    for i in range(1, 80):
+        ladder = step(ladder, 0.0, 60.0 + i * INTERVAL_S, RULES)
+        assert ladder.level == Level.NORMAL
+
+
+def test_pressure_that_comes_in_a_pause_leads_up_as_from_its_end() -> None:
+    ladder, from_s = rested(), 60.0
+    for i in range(round(2.5 / INTERVAL_S) + 1):
+        ladder = step(ladder, 9.0, from_s + i * INTERVAL_S, RULES)
+    assert ladder.level == Level.ECONOMY
+
+
+def test_it_is_at_rest_at_its_foot_without_pressure_and_nowhere_else() -> None:
+    assert at_rest(Ladder(), RULES)
+    assert at_rest(under(0.4, 60.0), RULES)
+    assert not at_rest(under(0.6, 60.0), RULES)
+    high = under(9.0, 3.0)
+    assert not at_rest(under(0.0, 10.0, high), RULES)
+    assert at_rest(under(0.0, 60.0, high), RULES)
 
 
 def test_it_stays_five_seconds_on_each_level_on_the_way_up() -> None:

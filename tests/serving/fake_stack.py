@@ -119,7 +119,7 @@ def new_guards(
 ) -> Guards:
     """Gate, recovery, ladder and fallback, with whatever pin, pressure and upstreams a test gives."""
     metrics = ResilienceMetrics(CollectorRegistry())
-    sources = LadderSources(pressure, slot, bool(upstreams))
+    sources = LadderSources(pressure, lambda: False, slot, bool(upstreams))
     ladder = LadderWatch(rules or LadderRules(), sources, pins or LocalPins(), metrics)
     degradation = Degradation(ladder, DegradationRules(512, canned_reply), metrics)
     fallback = Fallback(upstreams, metrics, lambda: 0.5)

@@ -1,5 +1,6 @@
 """The watch over pressure and pin, on a clock that the test moves."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,26 @@ class World:
     slot: EngineSlot
     now_s: float = 0.0
     pressure: float = 0.0
+    calm: bool = True
+    looks: int = 0
 
     def clock(self) -> float:
         return self.now_s
 
+    def pressure_seen(self) -> float:
+        self.looks += 1
+        return self.pressure
+
+    async def looks_in(self, seconds: float) -> int:
+        """How often the pressure is looked at by a watch that runs for so long."""
+        watching = asyncio.create_task(self.watch().run())
+        await asyncio.sleep(seconds)
+        watching.cancel()
+        await asyncio.wait({watching})
+        return self.looks
+
     def watch(self, pins: Pins | None = None, *, has_fallback: bool = False) -> LadderWatch:
-        sources = LadderSources(lambda: self.pressure, self.slot, has_fallback)
+        sources = LadderSources(self.pressure_seen, lambda: self.calm, self.slot, has_fallback)
         rules, metrics = LadderRules(highest=Level.ESSENTIAL), ResilienceMetrics(CollectorRegistry())
         return LadderWatch(rules, sources, pins or LocalPins(self.clock), metrics, self.clock)
 
@@ -147,6 +162,18 @@ async def test_while_the_engine_is_down_the_pressure_leads_nowhere() -> None:
     stack.alive = False
     await world.pass_time(watch, 60)
     assert watch.level == Level.NORMAL
+
+
+async def test_a_server_at_rest_is_looked_at_once_a_second(world: World) -> None:
+    assert await world.looks_in(1.9) <= 3  # the first one, and two beats
+
+
+@pytest.mark.parametrize(("pressure", "calm"), [(0.0, False), (3.0, True)])
+async def test_where_there_is_something_to_see_it_is_looked_at_more_often(
+    world: World, pressure: float, calm: bool
+) -> None:
+    world.pressure, world.calm = pressure, calm
+    assert await world.looks_in(1.9) >= 5
 
 
 async def test_the_status_tells_what_counts_and_why(world: World) -> None:

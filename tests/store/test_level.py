@@ -60,7 +60,7 @@ async def test_a_change_reaches_four_replicas_within_a_second(redis_url: str) ->
     watches = [
         LadderWatch(
             LadderRules(),
-            LadderSources(lambda: 0.0, slot, has_fallback=False),
+            LadderSources(lambda: 0.0, lambda: True, slot, has_fallback=False),
             RedisPins(client),
             ResilienceMetrics(CollectorRegistry()),
         )

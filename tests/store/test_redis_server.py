@@ -18,6 +18,7 @@ from tests.telemetry.captured_logs import captured_logs
 pytestmark = pytest.mark.anyio
 
 GONE_WITHIN_S = 5.0
+USUAL_HZ = 10
 OWNER = """
 import asyncio, sys
 from pathlib import Path
@@ -58,6 +59,15 @@ async def test_it_listens_on_its_socket_alone_and_only_its_owner_may_enter(tmp_p
         assert listening == []
         assert (tmp_path / "redis").stat().st_mode & 0o077 == 0
         assert (tmp_path / "redis/redis.sock").stat().st_mode & 0o077 == 0
+
+
+async def test_while_nothing_is_asked_it_wakes_up_less_often_than_by_itself(tmp_path: Path) -> None:
+    embedded = EmbeddedRedis(tmp_path)
+    async with embedded.running():
+        await up(embedded)
+        async with client(embedded) as redis:
+            hz = (await redis.config_get("hz"))["hz"]
+            assert int(hz or USUAL_HZ) < USUAL_HZ
 
 
 async def test_leaving_ends_it(tmp_path: Path) -> None:

@@ -137,6 +137,15 @@ async def test_a_deleted_tenant_leaves_nothing_behind(records: TenantRecords, re
     assert [key async for key in redis.scan_iter()] == [b"tidegate:{tenants}:version"]
 
 
+async def test_what_stands_under_a_version_is_read_once(records: TenantRecords) -> None:
+    await records.create(SEARCH)
+    state = await records.state()
+    assert await records.state(state) is state
+    await records.delete("search")
+    after = await records.state(state)
+    assert (after.tenants, after.version != state.version) == (0, True)
+
+
 async def test_every_change_that_others_must_hear_of_changes_the_version(records: TenantRecords) -> None:
     seen = {(await records.state()).version}
 
