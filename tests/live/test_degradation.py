@@ -1,8 +1,8 @@
 """The level and the fallback on real servers: set by the command line, told to clients, with a second Tidegate."""
 
+import json
 import subprocess
 import sys
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
