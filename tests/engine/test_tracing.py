@@ -22,6 +22,7 @@ TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 def engine_without_a_core(*, traced: bool) -> SeamedEngine:
     """The parts of an engine that spans come from, with our seam opened on them."""
     engine = SeamedEngine.__new__(SeamedEngine)
+    engine.engine_core = None
     engine.output_processor = OutputProcessor(None, log_stats=True)
     engine.observability_config = SimpleNamespace(otlp_traces_endpoint=None)
     engine.open_seam(new_generation(), traced=traced)
