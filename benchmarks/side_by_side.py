@@ -86,7 +86,7 @@ def instant_works(*, quick: bool) -> list[Work]:
     return [
         Work("1 stream of 16 tokens", Load(1, alone, 16, True, seed=1), (_TTFT, _TOTAL, _CPU)),
         Work("1 answer of 1 token", Load(1, alone, 1, False, seed=2), (_TOTAL, _CPU)),
-        Work("32 streams, saturated", Load(32, 64, 64 if quick else 256, True, seed=3), (_CHUNKS, _TOKENS, _CPU)),
+        Work("32 streams, saturated", Load(32, 64, 256, True, seed=3), (_CHUNKS, _TOKENS, _CPU)),
         Work("32 answers of 1 token", Load(32, many, 1, False, seed=5), (_REQUESTS, _CPU)),
     ]
 
