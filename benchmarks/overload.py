@@ -40,7 +40,7 @@ _TTFT_SLO_S: Final = 5.0
 # Twice the unloaded pace, as in Tidegate's own defaults, but never asking for more than 20 tokens a second.
 _TPOT_FACTOR: Final = 2.0
 _LEAST_TPOT_S: Final = 0.05
-_CONCURRENCIES: Final = (1, 8, 16, 32)
+_CONCURRENCIES: Final = (1, 2, 4, 8, 16, 32)
 # Small enough that a plain server preempts: about 6,000 tokens of the embedded model.
 _KV_CACHE_BYTES: Final = 140 << 20
 _LIGHT_SHARE: Final = 0.2
