@@ -118,7 +118,7 @@ def _unlimited(backend: Any) -> Any:
 
 
 def _encoded(backend: Any, text: str, special: bool) -> list[int]:
-    # For one text as well it takes a quarter less time than `encode`, which also finds where each token begins and ends.
+    # For one text, too, it takes a quarter less time than `encode`, which also finds where each token begins and ends.
     (encoding,) = backend.encode_batch_fast([text], add_special_tokens=special)
     token_ids: list[int] = encoding.ids
     return token_ids
