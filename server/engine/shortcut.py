@@ -193,7 +193,7 @@ class ShortcutOutputProcessor(FollowedOutputProcessor):
                 self.holding[output.request_id] = state
                 continue
             if state.held:
-                del self.holding[output.request_id]
+                self.holding.pop(output.request_id, None)
             text = _shown(detokenizer)
             if not state.delivered(text, token_ids):
                 state.hand_over(text, token_ids)
@@ -212,7 +212,7 @@ class ShortcutOutputProcessor(FollowedOutputProcessor):
             return
         holding, self.holding = self.holding, {}
         for request_id, state in holding.items():
-            if self.request_states.get(request_id) is not state:
+            if not state.held or self.request_states.get(request_id) is not state:
                 continue
             assert isinstance(state.queue, ShortcutCollector)
             text = _shown(state.detokenizer)

@@ -9,7 +9,7 @@ from typing import Final
 from server.policy.backlog import Backlog, Ticket
 from server.policy.fairness import TokenCounters, cost
 from server.policy.forecast import Rates, Step, place_wait_s
-from server.policy.ledger import MAX_EVICTIONS, Held, Ledger
+from server.policy.ledger import MAX_EVICTIONS, Held, Ledger, spared
 from server.policy.objectives import Objectives, Unloaded
 from server.policy.reservations import Ask, Capacity, Growth, reservation
 from server.policy.room import NOTHING, Room, room_for, whole_engine
@@ -273,7 +273,7 @@ class Admission:
                 break
             held.evicted = True
             chosen.append(held)
-        return chosen if self._fits(ticket, room, self.ledger.given_up(())) else self._spared(chosen)
+        return chosen if self._fits(ticket, room, self.ledger.given_up(())) else spared(chosen)
 
     def _victims_for(self, traffic_class: TrafficClass) -> list[Held]:
         """What a request may drive out: a critical one any batch work, other people's what it has beyond its share."""
@@ -282,13 +282,6 @@ class Admission:
         if traffic_class == "critical":
             return self.ledger.victims()
         return self.ledger.overhang(room_for("batch", self.gap_cap.limit, self.capacity, favoured=False))
-
-    @staticmethod
-    def _spared(chosen: list[Held]) -> list[Held]:
-        """Nothing is given up where that would not be enough."""
-        for held in chosen:
-            held.evicted = False
-        return []
 
     def newest_first(self, traffic_class: TrafficClass, now_s: float) -> bool:
         """Whether the newest of a class come before the oldest now."""

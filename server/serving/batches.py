@@ -103,7 +103,7 @@ class BatchRunner:
                     self._say(f"batches wait, because Redis does not answer: {error}")
             except (DiskFull, OSError) as error:
                 self._say(f"batches wait, because their folder cannot be used: {error}")
-            except Exception:
+            except Exception:  # one look that fails must not be the last
                 log.exception("batches wait")
             with suppress(TimeoutError):
                 async with asyncio.timeout(until_beat(pause_s)):
@@ -149,7 +149,7 @@ class BatchRunner:
                 trouble = False
             except (RedisUnavailable, LeaseLost, LogInUse, BatchGone) as reason:
                 log.warning("batch put back", why=type(reason).__name__, detail=str(reason))
-            except Exception:
+            except Exception:  # of this batch; the others go on
                 log.exception("batch put back")
             finally:
                 if trouble:
@@ -215,7 +215,7 @@ class BatchRunner:
                 await self.sweep()
             except (RedisUnavailable, DiskFull, OSError) as error:
                 log.debug("files could not be swept", reason=str(error))
-            except Exception:
+            except Exception:  # one sweep that fails must not be the last
                 log.exception("files could not be swept")
             await asyncio.sleep(_SWEEP_INTERVAL_S)
 

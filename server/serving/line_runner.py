@@ -100,7 +100,7 @@ class LineRunner:
                     body = _body(reply, opened)
             except Refusal as refusal:
                 return Refused(opened.refusal or refusal)
-            except Exception:
+            except Exception:  # an error of ours fails its line alone
                 log.exception("batch line failed")
                 return Refused(GenerationFailed(_SOMETHING))
         return Answered(body, 0.0 if started_s is None else time.perf_counter() - started_s)

@@ -1,6 +1,5 @@
 """Spliced streams against vLLM's own generators: the same bytes for the same outputs, whatever they are."""
 
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -23,12 +22,7 @@ from tests.engine.stream_stories import (
     words,
 )
 
-pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(autouse=True)
-def _a_still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("still_clock")]
 
 
 @settings(max_examples=200, deadline=None)

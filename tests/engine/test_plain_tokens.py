@@ -1,6 +1,5 @@
 """Tokens that are delivered in one loop: the same text and the same statistics as on vLLM's way."""
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from server.engine.shortcut import (
     open_shortcut,
 )
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("still_clock")]
 
 _PROMPT = [504, 216, 3]
 _SPECIAL = 2  # the end of a turn
@@ -36,11 +35,6 @@ Steps = list[dict[str, list[int]]]
 @pytest.fixture(scope="module")
 def tokenizer(embedded_model: Path) -> Any:
     return AutoTokenizer.from_pretrained(embedded_model)
-
-
-@pytest.fixture(autouse=True)
-def _a_still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
 
 
 @dataclass
@@ -201,6 +195,18 @@ def test_what_is_held_of_a_stream_that_ends_or_is_aborted_goes_with_it(tokenizer
     engine.step(2, [])
     assert not engine.processor.request_states
     assert engine.clients["b"].offered == 0
+
+
+def test_what_vllm_has_shown_meanwhile_is_not_shown_again(tokenizer: Any) -> None:
+    engine = Engine(tokenizer, ["a"], SamplingParams(output_kind=RequestOutputKind.DELTA), ours=True)
+    engine.open()
+    engine.behind = True
+    engine.step(0, [EngineCoreOutput("a", [2000])])
+    engine.processor.process_outputs([EngineCoreOutput("a", [2001])], 3.0, IterationStats(), weight_version="new")
+    engine.behind = False
+    shown = engine.clients["a"].offered
+    engine.step(1, [])
+    assert (engine.clients["a"].offered, engine.clients["a"].text) == (shown, tokenizer.decode([504, 2000, 2001]))
 
 
 def test_what_carries_more_than_tokens_goes_vllms_way(tokenizer: Any) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import json
-import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +24,7 @@ from server.engine.plain_streams import SplicedFrames, splice_chat
 from server.engine.progress import Progress, follow_requests, followed
 from tests.engine.stream_stories import Chat, Story, chat_frames, stories, words
 
-pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(autouse=True)
-def _a_still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("still_clock")]
 
 
 @dataclass

@@ -20,7 +20,6 @@ from server.policy.refusals import (
 )
 from server.policy.tenants import Tenant
 from server.serving.batch_desk import Order
-from server.store.beats import until_beat
 from tests.serving.batch_files import CHAT, jsonl, line
 from tests.serving.batch_replica import TENANT, Replica, eventually
 from tests.serving.chat_operation import ChatOperation
@@ -122,34 +121,6 @@ async def test_nothing_new_runs_while_batches_are_paused(replica: Replica) -> No
         assert (await replica.batch(batch)).status == "in_progress"
         replica.paused = False
         assert (await replica.ended(batch)).status == "completed"
-
-
-async def test_while_no_batch_is_open_it_rests_and_one_that_is_made_here_runs_at_once(
-    replica: Replica, redis: Redis
-) -> None:
-    async with replica.running():
-        await asyncio.sleep(until_beat(5.0) + 0.2)
-        await redis.config_resetstat()
-        await asyncio.sleep(2.2)
-        assert await looks(redis) == 0
-        batch = await replica.submit([line("a")])
-        async with asyncio.timeout(2):
-            await replica.ended(batch)
-
-
-async def test_while_a_batch_is_open_it_looks_every_second(replica: Replica, redis: Redis) -> None:
-    replica.paused = True
-    async with replica.running():
-        await replica.submit([line("a")])
-        await asyncio.sleep(0.5)
-        await redis.config_resetstat()
-        await asyncio.sleep(2.5)
-        assert await looks(redis) >= 2
-
-
-async def looks(redis: Redis) -> int:
-    """How often open batches were looked for since the Redis counts."""
-    return int((await redis.info("commandstats")).get("cmdstat_zrange", {"calls": 0})["calls"])
 
 
 async def test_lines_that_begin_alike_run_after_each_other(replica: Replica) -> None:
