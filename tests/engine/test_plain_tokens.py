@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -166,6 +168,21 @@ def test_a_plain_token_is_delivered_without_an_output(tokenizer: Any, monkeypatc
     engine.step(0, [EngineCoreOutput("a", [2000])])
     assert engine.clients["a"].offered == 1
     assert engine.clients["a"].text == tokenizer.decode([504, 2000])
+
+
+def test_special_tokens_in_a_row_have_no_spaces_between_them_where_none_are_wanted() -> None:
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0, "hello": 1}, "<unk>")))
+    words.add_special_tokens({"additional_special_tokens": ["<a>", "<b>"]})
+    params = SamplingParams(
+        output_kind=RequestOutputKind.DELTA, skip_special_tokens=False, spaces_between_special_tokens=False
+    )
+    ours, theirs = (Engine(words, ["a"], params, ours=is_ours) for is_ours in (True, False))
+    ours.open()
+    for number, token_id in enumerate([1, 2, 3, 2, 1]):
+        for engine in (ours, theirs):
+            engine.step(number, [EngineCoreOutput("a", [token_id])])
+    assert ours.clients["a"].text == theirs.clients["a"].text
+    assert ours.clients["a"].text.endswith(" hello <a><b><a> hello")
 
 
 def test_tokens_share_a_frame_while_the_loop_is_behind_and_never_else(tokenizer: Any) -> None:
