@@ -31,7 +31,7 @@ from benchmarks.contenders import (
     started,
 )
 from benchmarks.open_loop import Run
-from benchmarks.overload_report import Measured, Objective, headline, print_table, write_curves
+from benchmarks.overload_report import OURS, Measured, Objective, headline, print_table, write_curves
 from benchmarks.traffic import Arrival, Caller, Traffic
 
 LOADS: Final = (0.5, 1.0, 2.0, 4.0)
@@ -41,6 +41,8 @@ _TTFT_SLO_S: Final = 5.0
 _TPOT_FACTOR: Final = 2.0
 _LEAST_TPOT_S: Final = 0.05
 _CONCURRENCIES: Final = (1, 2, 4, 8, 16, 32)
+_WARM_UP: Final = (8, 4, 2, 1)
+_ALONE: Final = 6  # requests, one after the other
 # Small enough that a plain server preempts: about 6,000 tokens of the embedded model.
 _KV_CACHE_BYTES: Final = 140 << 20
 _LIGHT_SHARE: Final = 0.2
@@ -56,12 +58,16 @@ LIGHT: Final = Caller("light", "default", 1.0, "tg-bench-light-0123456789abcdef"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured: seconds of arrivals in a turn, and turns with other arrivals."""
+    """How much is measured: seconds of arrivals in a turn, and turns with other arrivals.
+
+    `light_everywhere`: plain vLLM too is asked by a light tenant beside a heavy one.
+    """
 
     duration_s: float
     seeds: Sequence[int]
     loads: Sequence[float]
     bursts: bool
+    light_everywhere: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +80,24 @@ class Calibration:
     objective: Objective
 
 
-_FULL: Final = Plan(30, _SEEDS, LOADS, bursts=True)
-_QUICK: Final = Plan(20, _SEEDS[:1], LOADS, bursts=False)
+_FULL: Final = Plan(30, _SEEDS, LOADS, bursts=True, light_everywhere=True)
+_QUICK: Final = Plan(20, _SEEDS[:1], LOADS, bursts=False, light_everywhere=False)
 
 
 def measure(plan: Plan, model: str, flags: Sequence[str], chosen: Sequence[str]) -> dict[str, Any]:
     """All turns of all contenders. Raises `ContenderFailed`."""
-    calibration = _calibrate(model, flags)
     measured: list[Measured] = []
+    with started(PLAIN, model, flags) as plain:
+        _warm_up(plain)
+        calibration = _calibrate(plain.url)
+        if not chosen or PLAIN.name in chosen:
+            measured += _turns(plain, plan, calibration)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        for kind, extra in _contenders(calibration, Path(folder)):
+        for kind, extra in _others(calibration, Path(folder)):
             if chosen and kind.name not in chosen:
                 continue
             with started(kind, model, [*flags, *extra]) as contender:
-                say(f"{kind.name} ready after {contender.wait_until_ready():.1f} s")
+                _warm_up(contender)
                 measured += _turns(contender, plan, calibration)
     return {
         "settings": {**shown_settings(model, flags), "duration_s": plan.duration_s, "seeds": list(plan.seeds)},
@@ -103,30 +113,34 @@ def measure(plan: Plan, model: str, flags: Sequence[str], chosen: Sequence[str])
     }
 
 
-def _contenders(found: Calibration, folder: Path) -> list[tuple[Kind, list[str]]]:
-    """The servers and the flags that each gets beside the common ones."""
+def _others(found: Calibration, folder: Path) -> list[tuple[Kind, list[str]]]:
+    """The servers beside plain vLLM, and the flags that each gets beside the common ones."""
     slo = found.objective
     in_queue = int(found.streams * 0.8 * slo.ttft_s / found.residence_s)
     tuned = ["--max-num-seqs", str(found.streams), "--max-num-queued-reqs", str(found.streams + max(1, in_queue))]
     ours = ["--ttft-slo", f"{slo.ttft_s:g}", "--tpot-slo", f"{slo.tpot_s:.4f}", *tenant_flags(folder)]
-    return [(PLAIN, []), (replace(PLAIN, name="tuned"), tuned), (TIDEGATE, ours)]
+    return [(replace(PLAIN, name="tuned"), tuned), (TIDEGATE, ours)]
 
 
-def _calibrate(model: str, flags: Sequence[str]) -> Calibration:
+def _warm_up(contender: Contender) -> None:
+    """Unmeasured requests: the engine makes its kernels when a shape comes for the first time."""
+    say(f"{contender.name} ready after {contender.wait_until_ready():.1f} s")
+    for streams in _WARM_UP:
+        asyncio.run(_closed(contender.url, streams, 2 * streams))
+
+
+def _calibrate(url: str) -> Calibration:
     """Closed-loop turns against plain vLLM: its pace alone, and its throughput at several numbers of streams."""
-    with started(PLAIN, model, flags) as contender:
-        contender.wait_until_ready()
-        asyncio.run(_closed(contender.url, 1, 2))
-        alone = asyncio.run(_closed(contender.url, 1, 4))
-        slo = Objective(_TTFT_SLO_S, max(_LEAST_TPOT_S, _TPOT_FACTOR * _mean_tpot_s(alone)))
-        best = _found(alone, 1, slo)
-        for streams in _CONCURRENCIES[1:]:
-            turn = asyncio.run(_closed(contender.url, streams, 3 * streams))
-            pace_s = _mean_tpot_s(turn)
-            say(f"{streams} streams: {len(turn.outcomes) / turn.wall_s:.2f} requests/s, {pace_s:.4f} s/token")
-            if pace_s > slo.tpot_s:
-                break
-            best = _found(turn, streams, slo)
+    alone = asyncio.run(_closed(url, 1, _ALONE))
+    slo = Objective(_TTFT_SLO_S, max(_LEAST_TPOT_S, _TPOT_FACTOR * _mean_tpot_s(alone)))
+    best = _found(alone, 1, slo)
+    for streams in _CONCURRENCIES[1:]:
+        turn = asyncio.run(_closed(url, streams, 3 * streams))
+        pace_s = _mean_tpot_s(turn)
+        say(f"{streams} streams: {len(turn.outcomes) / turn.wall_s:.2f} requests/s, {pace_s:.4f} s/token")
+        if pace_s > slo.tpot_s:
+            break
+        best = _found(turn, streams, slo)
     say(f"capacity: {best.capacity_per_s:.2f} requests/s with {best.streams} streams; pace {slo.tpot_s:.4f} s/token")
     return best
 
@@ -157,13 +171,14 @@ def _mean_tpot_s(turn: Run) -> float:
 
 def _turns(contender: Contender, plan: Plan, found: Calibration) -> list[Measured]:
     """The light tenant alone, then beside a heavy one, then all of them at every load."""
-    asyncio.run(_closed(contender.url, 4, 8))  # unmeasured: a first time is slower than the next
     light_rate = _LIGHT_SHARE * found.capacity_per_s
     alone = Traffic(light_rate, plan.duration_s, (LIGHT,), 0)
     pair = (replace(HEAVY, share=max(plan.loads) * found.capacity_per_s - light_rate), replace(LIGHT, share=light_rate))
     beside = replace(alone, rate_per_s=max(plan.loads) * found.capacity_per_s, callers=pair)
-    measured = [_turn(contender, 0.0, replace(alone, seed=seed), found) for seed in plan.seeds]
-    measured += [_turn(contender, max(plan.loads), replace(beside, seed=seed), found) for seed in plan.seeds]
+    measured: list[Measured] = []
+    if plan.light_everywhere or contender.name == OURS:
+        measured += [_turn(contender, 0.0, replace(alone, seed=seed), found) for seed in plan.seeds]
+        measured += [_turn(contender, max(plan.loads), replace(beside, seed=seed), found) for seed in plan.seeds]
     for load in plan.loads:
         for burstiness in (1.0, _BURSTINESS) if plan.bursts else (1.0,):
             for seed in plan.seeds:

@@ -17,6 +17,7 @@ from server.policy.running_cap import RunningCap
 from server.policy.standing_overload import StandingOverload
 from server.policy.tenants import TrafficClass
 from server.policy.terms import DEFAULT_TERMS, Terms
+from server.policy.trust import Trust
 from server.policy.usual import Usual
 from server.policy.verdicts import Admit, Consumed, Enqueue, Shed
 
@@ -35,8 +36,6 @@ _QUIET_S: Final = 60.0
 _FIRST_ANSWER_TOKENS: Final = 256
 # Where the SLO is missed by this factor, asking again at once is pointless.
 _HOPELESS: Final = 3.0
-# The part of a deadline that the forecast may use up; it is a forecast. Who is refused late has waited for nothing.
-_DEADLINE_SHARE: Final = 0.7
 # A prompt that needs long by itself may take twice its own time, whatever the objective is.
 _OWN_FACTOR: Final = 2.0
 _SMALL: Final = Ask(0, 0)
@@ -64,6 +63,7 @@ class Admission:
     _last_online_s: float = -_QUIET_S
     _usual: Usual = field(default_factory=Usual)
     _overload: StandingOverload = field(default_factory=StandingOverload)
+    _trust: Trust = field(default_factory=Trust)
 
     def __post_init__(self) -> None:
         self.backlog = Backlog(self.counters)
@@ -161,7 +161,7 @@ class Admission:
             return None
         patience_s = self.patience_s(terms, ask)
         nothing_before = wait_s <= self._own_s(ask)
-        in_time = waited_s + wait_s <= (1.0 if nothing_before else _DEADLINE_SHARE) * patience_s
+        in_time = waited_s + wait_s <= (1.0 if nothing_before else self._trust.share(terms.traffic_class)) * patience_s
         if in_time or (nothing_before and terms.timeout_s is None):
             return None
         slo_s = self.objectives.ttft(terms.traffic_class, self.unloaded)
@@ -227,6 +227,7 @@ class Admission:
         patience_s = ticket.deadline_s - ticket.arrived_s + self._own_s(ticket.ask)
         if patience_s >= self.objectives.ttft(ticket.traffic_class, self.unloaded):
             self._overload.expired(ticket.traffic_class, now_s)
+            self._trust.broken(ticket.traffic_class)
         terms = Terms(ticket.traffic_class, priority=ticket.priority)
         wait_s = self.forecast(terms, ticket.tenant, ticket.ask, now_s)
         slo_s = self.objectives.ttft(ticket.traffic_class, self.unloaded)
@@ -299,6 +300,7 @@ class Admission:
             prompt_tokens = self.capacity.in_blocks(ask.prompt_tokens) * sequences
         favoured = self._is_favoured(ticket.traffic_class, ticket.tenant)
         self._usual.admitted(ticket.traffic_class, favoured=favoured)
+        self._trust.kept(ticket.traffic_class)
         held = Held(ticket, reserved, sequences, prompt_tokens, now_s)
         self.ledger.admit(held)
         self.counters.served(ticket.tenant, ticket.cost)
@@ -380,12 +382,10 @@ class Admission:
         return self.ledger.promised(self.kv_usage_ratio * self.capacity.kv_tokens)
 
     def _residence_s(self, now_s: float) -> float:
-        """How long requests stay in the engine. Before the first one has left, what their length and the pace say."""
-        known_s = self.rates.residence_s
-        if not known_s:
-            pace_s = self.cap.itl_s or (self.unloaded.tpot_s if self.unloaded else 0.0)
-            known_s = min(self.growth.tokens(self._usual.max_tokens), _FIRST_ANSWER_TOKENS) * pace_s
-        return max(known_s, self.ledger.mean_age_s(now_s))
+        """How long requests stay in the engine."""
+        pace_s = self.cap.itl_s or (self.unloaded.tpot_s if self.unloaded else 0.0)
+        expected_s = min(self.growth.usual * self._usual.max_tokens, _FIRST_ANSWER_TOKENS) * pace_s
+        return max(self.rates.residence_with(expected_s), self.ledger.mean_age_s(now_s))
 
     def _own_s(self, ask: Ask) -> float:
         """Seconds that the prompt itself takes."""
@@ -393,5 +393,4 @@ class Admission:
         return ask.prompt_tokens / rate if rate else 0.0
 
     def _expected_completion(self, ask: Ask) -> float:
-        used = self.growth.used if self.growth.used is not None else self.growth.ratio
-        return used * ask.max_tokens * ask.sequences
+        return self.growth.usual * ask.max_tokens * ask.sequences

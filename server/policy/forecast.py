@@ -7,6 +7,8 @@ from server.policy.objectives import Unloaded
 
 _RATE_WEIGHT: Final = 0.1
 _RESIDENCE_WEIGHT: Final = 0.1
+# The first to end are the short ones: so many have to, before what is expected of answers' lengths no longer counts.
+_TELLING_ENDS: Final = 16
 # Fewer tokens than this, as of prompts that the prefix cache knows, take one step's time however many they are.
 _TELLING_TOKENS: Final = 64
 # So does what is done in less than so many steps without any prompt: how much more would have fitted, it does not tell.
@@ -73,12 +75,13 @@ NO_PART: Final = StepPart()
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Smoothed rates; 0 where nothing was seen yet. `residence_s`: from a request's admission to its end."""
+    """Smoothed rates; 0 where nothing was seen yet. `residence_s`: from admission to the end, of `ended` requests."""
 
     prefill_tokens: float = 0.0
     prefill_s: float = 0.0
     decode_tokens_per_s: float = 0.0
     residence_s: float = 0.0
+    ended: int = 0
     pending_prefill_s: float = 0.0
 
     def prefill_tokens_per_s(self, unloaded: Unloaded | None) -> float:
@@ -109,10 +112,16 @@ class Rates:
             pending_prefill_s=0.0,
         )
 
+    def residence_with(self, expected_s: float) -> float:
+        """How long requests stay, if `expected_s` is what their lengths and the pace say."""
+        share = max(0.0, 1 - self.ended / _TELLING_ENDS)
+        return self.residence_s + share * (expected_s - self.residence_s)
+
     def released(self, residence_s: float) -> "Rates":
         """After a request that was with the engine for so long."""
-        weight = _RESIDENCE_WEIGHT if self.residence_s else 1.0
-        return replace(self, residence_s=self.residence_s + weight * (residence_s - self.residence_s))
+        ended = self.ended + 1
+        weight = max(_RESIDENCE_WEIGHT, 1 / ended)
+        return replace(self, residence_s=self.residence_s + weight * (residence_s - self.residence_s), ended=ended)
 
 
 def place_wait_s(needed: float, limit: float, residence_s: float) -> float:

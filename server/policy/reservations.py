@@ -62,6 +62,11 @@ class Growth:
     def expected(self) -> float:
         return max(self.ratio, self.used or 0.0)
 
+    @property
+    def usual(self) -> float:
+        """What an answer of the usual kind will use, hoping for nothing."""
+        return self.used if self.used is not None else self.ratio
+
     def tokens(self, max_tokens: float, sequences: float = 1) -> float:
         """What is expected of answers that may have so many tokens in all."""
         hoped = min(self.ratio * max_tokens, _LONG_ANSWER_TOKENS * sequences)

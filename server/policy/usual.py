@@ -12,14 +12,16 @@ _LEAST_SHARE: Final = 0.1
 
 @dataclass(slots=True)
 class Usual:
-    """What comes usually: how long the answers may be, and how much of what is let in belongs to which class."""
+    """What comes usually: how long the answers of `asks` may be, and how much of what is let in is of which class."""
 
     max_tokens: float = 0.0
+    asks: int = 0
     shares: dict[TrafficClass, float] = field(default_factory=lambda: dict.fromkeys(TRAFFIC_CLASSES, 0.0))
     favoured: float = 0.0  # of the default ones, those that used little and went in before their class
 
     def asked(self, max_tokens: int) -> None:
-        weight = _USUAL_WEIGHT if self.max_tokens else 1.0
+        self.asks += 1
+        weight = max(_USUAL_WEIGHT, 1 / self.asks)
         self.max_tokens += weight * (max_tokens - self.max_tokens)
 
     def admitted(self, traffic_class: TrafficClass, *, favoured: bool) -> None:

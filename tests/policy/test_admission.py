@@ -129,7 +129,7 @@ def test_more_sequences_than_may_run_at_once_run_alone() -> None:
     door = Door(max_running=4)
     ticket = door.ticket(ask=Ask(10, 10, sequences=16))
     assert [held.ticket for held in door.let_in()] == [ticket]
-    door.ticket("b")
+    door.ticket("b", ask=Ask(10, 10))
     assert door.let_in() == []
 
 

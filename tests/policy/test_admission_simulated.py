@@ -81,6 +81,16 @@ def test_most_who_are_refused_are_refused_at_once(runs: Runs) -> None:
     assert fmean(after_s < 0.5 for after_s in refused_s) >= 0.9
 
 
+def test_a_standing_overload_teaches_the_gate_to_refuse_at_once() -> None:
+    """Of those who come after the first seconds hardly anybody waits in vain, at no cost of what is served."""
+    refused_s = []
+    for seed in SEEDS:
+        jobs, _ = served(4.0, seed)
+        refused_s += [job.refused_after_s for job in jobs if job.at_s > 10 and job.refused_after_s is not None]
+    assert len(refused_s) > 1000
+    assert fmean(after_s > 0.5 for after_s in refused_s) < 0.005
+
+
 def test_almost_nobody_is_refused_at_half_the_capacity(runs: Runs) -> None:
     jobs = [job for several, _ in runs[0.5] for job in several]
     assert fmean(job.refused_after_s is not None for job in jobs) < 0.02

@@ -45,6 +45,20 @@ def test_places_turn_over_by_littles_law() -> None:
     assert place_wait_s(needed=-2, limit=8, residence_s=6) == 0
 
 
+def test_the_first_to_end_do_not_say_how_long_the_others_stay() -> None:
+    """The short ones end first. What answers' lengths say counts until enough have ended."""
+    rates = Rates()
+    assert rates.residence_with(8.0) == 8.0
+    rates = rates.released(1.0)
+    assert rates.residence_s == 1.0
+    assert 7.0 < rates.residence_with(8.0) < 8.0
+    rates = rates.released(3.0)
+    assert rates.residence_s == 2.0
+    for _ in range(100):
+        rates = rates.released(3.0)
+    assert rates.residence_with(8.0) == pytest.approx(3.0, abs=0.01)
+
+
 def test_prompts_from_the_prefix_cache_say_nothing_about_the_speed_of_others() -> None:
     rates = Rates().stepped(prefill(1000, 0.5))
     for _ in range(50):

@@ -10,7 +10,7 @@ import pytest
 
 from server.hub import messages
 from server.hub.connection import Connection, connect, listening
-from server.policy.forecast import NO_PART
+from server.policy.forecast import NO_PART, Rates
 from server.policy.refusals import InvalidRequest, Overloaded
 from server.policy.tenants import Tenant, TrafficClass
 from server.policy.terms import Terms
@@ -151,7 +151,7 @@ async def test_the_door_is_asked_unless_the_gate_is_calm(tmp_path: Path) -> None
         await asked
         running = there.run(request("f2"))
         await until(lambda: bool(bench.started))
-        bench.gate.admission.rates = bench.gate.admission.rates.released(60.0)
+        bench.gate.admission.rates = Rates(residence_s=60.0, ended=100)
         asked = there.gate.knock(request("f3"), 0)
         assert asked is not None
         with pytest.raises(Overloaded):

@@ -3,6 +3,7 @@ import random
 
 import pytest
 
+from server.policy.forecast import Rates
 from server.policy.refusals import InvalidRequest, Overloaded
 from tests.serving.fake_stack import FakeProgress, demand
 from tests.serving.gate_bench import Bench, settle, until
@@ -115,7 +116,7 @@ async def test_a_request_that_expires_in_the_queue_is_refused_with_a_time_to_com
     bench = Bench(places=1)
     one = bench.run(bench.request("a1"))
     await settle()
-    bench.gate.admission.rates = bench.gate.admission.rates.released(0.001)  # it looks like a short wait
+    bench.gate.admission.rates = Rates(residence_s=0.001, ended=100)  # it looks like a short wait
     two = bench.run(bench.request("a2", timeout_s=0.2))
     with pytest.raises(Overloaded) as refused:
         await asyncio.wait_for(two, 2)
@@ -132,7 +133,7 @@ async def test_what_would_wait_too_long_is_refused_at_the_door_and_on_arrival() 
     bench = Bench(places=1, ttft_slo_s=1)
     one = bench.run(bench.request("a1"))
     await settle()
-    bench.gate.admission.rates = bench.gate.admission.rates.released(60)
+    bench.gate.admission.rates = Rates(residence_s=60, ended=100)
     opened = bench.request("a2")
     with pytest.raises(Overloaded) as refused:
         bench.gate.knock(opened, 0)

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
+from server.policy.forecast import Rates
 from tests.serving.fake_stack import demand
 from tests.serving.gate_bench import Bench, settle, until
 
@@ -117,7 +118,7 @@ async def test_batch_work_gives_its_place_up_also_before_its_first_turn() -> Non
 
 async def test_a_call_of_many_prompts_is_finished_once_it_was_taken() -> None:
     bench = Bench(places=1, ttft_slo_s=1)
-    bench.gate.admission.rates = bench.gate.admission.rates.released(0.3)
+    bench.gate.admission.rates = Rates(residence_s=0.3, ended=100)
     bench.finish("p")
 
     async def whole() -> list[str]:

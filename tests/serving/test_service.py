@@ -5,6 +5,7 @@ import pytest
 
 from server.engine.calls import Call, Reply
 from server.policy.bodies import MaxTokensDefaults
+from server.policy.forecast import Rates
 from server.policy.refusals import ClosedField, NotReady, Overloaded, Unsupported
 from server.policy.reservations import Ask, Capacity
 from server.policy.tenants import ANYONE, Tenant
@@ -227,7 +228,7 @@ async def test_what_would_wait_too_long_is_refused_before_the_operation_is_asked
     gate = new_gate()
     gate.open(Capacity(1000, 16, 1), None)
     gate.admission.rush("anyone", Terms(), Ask(10, 10), gate.clock())
-    gate.admission.rates = gate.admission.rates.released(1000.0)
+    gate.admission.rates = Rates(residence_s=1000.0, ended=100)
     busy = service(operation, gate=gate)
     with pytest.raises(Overloaded) as refused:
         await busy.answer(Call("POST", CHAT, body={"messages": MESSAGES}), opened)
@@ -241,7 +242,7 @@ async def test_counting_tokens_is_no_work_for_the_engine_and_passes_a_full_serve
     gate = new_gate()
     gate.open(Capacity(1000, 16, 1), None)
     gate.admission.rush("anyone", Terms(), Ask(10, 10), gate.clock())
-    gate.admission.rates = gate.admission.rates.released(1000.0)
+    gate.admission.rates = Rates(residence_s=1000.0, ended=100)
     busy = service(operation, "/tokenize", gate=gate)
     await busy.answer(Call("POST", "/tokenize", body={"prompt": "x"}), request("/tokenize"))
     assert len(operation.calls) == 1
