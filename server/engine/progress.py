@@ -15,6 +15,8 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from server.engine.prompt_tails import begin_with_tail
+
 Output = TypeVar("Output")
 
 
@@ -86,7 +88,10 @@ def progress_here() -> Progress | None:
 
 
 class FollowedOutputProcessor(OutputProcessor):
-    """vLLM's output processor, which hands each new state to the progress that is followed in its context."""
+    """vLLM's output processor, which hands each new state to the progress that is followed in its context.
+
+    Of a prompt it gives the detokenizer as much as that needs.
+    """
 
     def add_request(
         self,
@@ -96,7 +101,11 @@ class FollowedOutputProcessor(OutputProcessor):
         request_index: int = 0,
         queue: RequestOutputCollector | None = None,
     ) -> None:
+        goes_on = request.request_id in self.request_states  # streamed input adds to a state that is there
         super().add_request(request, prompt, parent_req, request_index, queue)
+        state = self.request_states.get(request.request_id)
+        if state is not None and not goes_on:
+            begin_with_tail(state.detokenizer, request.prompt_token_ids)
         if (progress := _followed.get()) is not None:
             progress.follow(self.request_states[request.request_id])
 
