@@ -8,17 +8,17 @@ when the first token comes; everybody's tokens wait for a long one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import tokenizers.decoders
-from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer, IncrementalDetokenizer
+from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
 # Enough for any character; vLLM's detokenizer for tokenizers in Python begins with five.
 _TAIL_TOKENS: Final = 32
 _BROKEN_CHARACTER: Final = "\ufffd"
 
 
-def begin_with_tail(detokenizer: IncrementalDetokenizer | None, prompt_token_ids: Sequence[int] | None) -> None:
+def begin_with_tail(detokenizer: Any, prompt_token_ids: Sequence[int] | None) -> None:
     """Let a new detokenizer know the end of its prompt only, where that is whole characters and some text."""
     if type(detokenizer) is not FastIncrementalDetokenizer or not prompt_token_ids:
         return

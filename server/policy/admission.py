@@ -248,6 +248,8 @@ class Admission:
         """A request is over, however it ended: its tenant is charged what it really used."""
         if not self.ledger.release(held):
             return
+        if not self.ledger.sequences:
+            self.rates = self.rates.paused()
         if not held.ticket.offline:
             self._last_online_s = now_s
         ask = held.ticket.ask

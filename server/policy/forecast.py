@@ -112,6 +112,10 @@ class Rates:
             pending_prefill_s=0.0,
         )
 
+    def paused(self) -> "Rates":
+        """While nothing runs. What was worked on a prompt that was given up counts for no other."""
+        return replace(self, pending_prefill_s=0.0) if self.pending_prefill_s else self
+
     def residence_with(self, expected_s: float) -> float:
         """How long requests stay, if `expected_s` is what their lengths and the pace say."""
         share = max(0.0, 1 - self.ended / _TELLING_ENDS)

@@ -51,6 +51,7 @@ class Ledger:
         self.offline_sequences = 0  # lines of batches
         self.offline_reserved = 0
         self._unfilled = 0
+        self.busy_since_s = 0.0  # since when something has been held without a break
         self._admitted_s = 0.0
         self._by_tenant: dict[str, int] = {}
 
@@ -71,6 +72,8 @@ class Ledger:
         return self._by_tenant.get(tenant, 0)
 
     def admit(self, held: Held) -> None:
+        if not self._held:
+            self.busy_since_s = held.admitted_s
         self._held[held.ticket.number] = held
         self._hold(held, 1)
         self._prefilling(held, 1)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 _FIRST_CAP: Final = 8
+# Two streams share a step for hardly more than one takes, and with a single place everybody waits for one answer.
+_LEAST_CAP: Final = 2
 # While it still grows by itself, this many times the limit will soon be allowed.
 _HOPE: Final = 4
 _ITL_WEIGHT: Final = 0.1
@@ -50,7 +52,11 @@ class RunningCap:
         to end with fewer than a few."""
         most = max(1, most)
         few = min(_FIRST_CAP, most)
-        return cls(limit=few, most=most) if asked else cls(limit=most, most=most, least=few, starting=False)
+        return (
+            cls(limit=few, most=most, least=min(_LEAST_CAP, most))
+            if asked
+            else cls(limit=most, most=most, least=few, starting=False)
+        )
 
     @property
     def soon(self) -> int:

@@ -143,7 +143,9 @@ class Gate:
             if slot.held is not None and slot.prefilled:
                 self.admission.prefilled(slot.held)
                 del self._prefilling[slot.held.ticket.number]
-        self.admission.stepped(step)
+        # The engine does not tell of a pause that began with a client leaving: its next step seems to have taken it.
+        busy_s = self.clock() - self.admission.ledger.busy_since_s
+        self.admission.stepped(step if step.duration_s <= busy_s else replace(step, duration_s=busy_s))
         self._metrics.stepped(step)
         if self._waiting:
             self._let_in()

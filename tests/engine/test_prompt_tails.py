@@ -15,7 +15,6 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-from server.engine import prompt_tails
 from server.engine.progress import follow_requests
 
 pytestmark = pytest.mark.engine
@@ -128,7 +127,7 @@ def _counted_streams(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         begun.append(len(ids))
         return make(ids=ids, skip_special_tokens=skip_special_tokens)
 
-    monkeypatch.setattr(prompt_tails.tokenizers.decoders, "DecodeStream", counted)
+    monkeypatch.setattr(decoders, "DecodeStream", counted)
     return begun
 
 

@@ -59,6 +59,12 @@ def test_the_first_to_end_do_not_say_how_long_the_others_stay() -> None:
     assert rates.residence_with(8.0) == pytest.approx(3.0, abs=0.01)
 
 
+def test_a_prompt_that_was_given_up_costs_the_next_one_nothing() -> None:
+    rates = Rates().stepped(Step(1, 0, 0.1, prefilling=True, duration_s=20.0))
+    assert rates.paused().stepped(prefill(1000, 0.5)).prefill_tokens_per_s(None) == 2000
+    assert rates.stepped(prefill(1000, 0.5)).prefill_tokens_per_s(None) < 50
+
+
 def test_prompts_from_the_prefix_cache_say_nothing_about_the_speed_of_others() -> None:
     rates = Rates().stepped(prefill(1000, 0.5))
     for _ in range(50):

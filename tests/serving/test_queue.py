@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from server.policy.forecast import Rates
+from server.policy.forecast import Rates, Step
 from server.policy.refusals import InvalidRequest, Overloaded
 from tests.serving.fake_stack import FakeProgress, demand
 from tests.serving.gate_bench import Bench, settle, until
@@ -169,6 +169,24 @@ async def test_a_tenant_is_charged_what_was_really_used() -> None:
         async for _ in bench.generation.generate(asked, lambda: bench.outputs("a1", False)):
             pass
     assert bench.gate.admission.counters["a"] == 3 + 2 * 5
+
+
+async def test_a_pause_after_a_client_has_left_is_no_time_that_a_prompt_took() -> None:
+    """The engine does not tell of it, so its next step seems to have taken so long."""
+    bench = Bench()
+    left = bench.run(bench.request("a1"))
+    await settle()
+    bench.gate.stepped(Step(1, 0, 0.1, prefilling=True, duration_s=0.01))
+    left.cancel()
+    await settle()
+    stayed = bench.run(bench.request("a2"))
+    await settle()
+    bench.gate.stepped(Step(1, 0, 0.1, prefilling=True, prefilled_tokens=1000, generated_tokens=1, duration_s=600.0))
+    rate = bench.gate.admission.rates.prefill_tokens_per_s(None)
+    assert rate == 0 or rate > 1000
+    assert bench.gate.admission.rates.decode_tokens_per_s > 0.02
+    bench.finish("a2")
+    await stayed
 
 
 async def test_without_an_engine_requests_wait_for_the_next_one() -> None:
