@@ -10,7 +10,7 @@ from server.policy.backlog import Backlog, Ticket
 from server.policy.fairness import TokenCounters, cost
 from server.policy.forecast import Rates, Step, place_wait_s
 from server.policy.ledger import MAX_EVICTIONS, Held, Ledger, spared
-from server.policy.objectives import Objectives, Unloaded
+from server.policy.objectives import Alone, Objectives, Unloaded
 from server.policy.reservations import Ask, Capacity, Growth, reservation
 from server.policy.room import NOTHING, Room, room_for, whole_engine
 from server.policy.running_cap import RunningCap
@@ -64,6 +64,7 @@ class Admission:
     _usual: Usual = field(default_factory=Usual)
     _overload: StandingOverload = field(default_factory=StandingOverload)
     _trust: Trust = field(default_factory=Trust)
+    _alone: Alone = field(default_factory=Alone)
 
     def __post_init__(self) -> None:
         self.backlog = Backlog(self.counters)
@@ -92,6 +93,7 @@ class Admission:
         self.kv_usage_ratio = step.kv_usage_ratio
         self._engine_waiting, self._since_step = step.waiting, 0
         running, itl_s = self.ledger.sequences, step.itl_s
+        self.unloaded = self._alone.stepped(self.unloaded, itl_s, alone=running == 1 and not step.prefilling)
         slo_s = self.objectives.tpot(self.unloaded)
         self.cap = self.cap.stepped(itl_s, running, slo_s, wanted=bool(self._short - {"batch"}))
         gap_slo_s = self.objectives.tpot_beside_batches(self.unloaded)
@@ -347,8 +349,7 @@ class Admission:
         return max(0.0, self._promised() - freed.kv_tokens) + wanted <= room.kv_tokens
 
     def _is_favoured(self, traffic_class: TrafficClass, tenant: str) -> bool:
-        """Whether a tenant that uses little may use the room that its class leaves, so that its wait does not depend on
-        how long the answers of heavy ones are. Batch work never does."""
+        """Whether a tenant may use the room that its class leaves, since it uses little. Batch work never does."""
         return bool(self._light(traffic_class, [tenant]))
 
     def _light(self, traffic_class: TrafficClass, tenants: list[str]) -> list[str]:

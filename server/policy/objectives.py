@@ -1,7 +1,7 @@
 """How soon a first token and how fast the next ones should come: set by the operator, or learnt from the machine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from server.policy.tenants import TrafficClass
@@ -21,6 +21,9 @@ _UNKNOWN_TTFT_S: Final = 60.0
 _UNKNOWN_TPOT_S: Final = 1.0
 # No number of streams is small enough for a pace that one stream alone does not have.
 _POSSIBLE_TPOT_FACTOR: Final = 1.5
+# A stream's steps alone say what the engine can do after so many of them.
+_TELLING_STEPS: Final = 20
+_ALONE_WEIGHT: Final = 0.05
 # Batch work fills gaps. Ten minutes are the timeout of OpenAI's clients for their `flex` tier.
 _BATCH_TTFT_S: Final = 600.0
 
@@ -33,6 +36,25 @@ class Unloaded:
     ttft_s: float
     tpot_s: float
     prefill_tokens_per_s: float
+
+
+@dataclass(slots=True)
+class Alone:
+    """The pace of a stream that has the engine for itself, over so many steps in a row."""
+
+    itl_s: float = 0.0
+    steps: int = 0
+
+    def stepped(self, unloaded: Unloaded | None, itl_s: float | None, *, alone: bool) -> Unloaded | None:
+        """What is known of the unloaded engine after a step: a start in a slow moment of the machine says too much."""
+        if not alone or itl_s is None:
+            self.steps = 0
+            return unloaded
+        self.steps += 1
+        self.itl_s += max(_ALONE_WEIGHT, 1 / self.steps) * (itl_s - self.itl_s)
+        if unloaded is None or self.steps < _TELLING_STEPS or self.itl_s >= unloaded.tpot_s:
+            return unloaded
+        return replace(unloaded, tpot_s=self.itl_s)
 
 
 @dataclass(frozen=True, slots=True)
