@@ -193,6 +193,16 @@ def test_plain_tokens_become_text_as_in_vllms_fast_detokenizer() -> None:
     assert "_last_output_text_offset" in inspect.getsource(BaseIncrementalDetokenizer.get_next_output_text)
 
 
+def test_a_detokenizer_begins_with_a_stream_that_can_be_another() -> None:
+    from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
+
+    begun = inspect.getsource(FastIncrementalDetokenizer.__init__)
+    assert "self.stream = tokenizers.decoders.DecodeStream(" in begun
+    assert "self.skip_special_tokens = " in begun
+    assert "self.tokenizer: Tokenizer = " in begun
+    assert "self.stream.step(self.tokenizer, " in inspect.getsource(FastIncrementalDetokenizer._protected_step)
+
+
 def test_short_work_can_be_done_by_the_renderers_blocking_functions() -> None:
     """They do what those for the loop do, and call a function of ours. What goes to the thread was bound before."""
     from vllm.renderers.base import BaseRenderer
