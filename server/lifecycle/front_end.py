@@ -22,7 +22,7 @@ from server.hub import messages
 from server.hub.connection import Connection, connect
 from server.lifecycle.draining import drain
 from server.lifecycle.http import HttpServer, public_config
-from server.lifecycle.machine import configure_logs, raise_open_files_limit
+from server.lifecycle.machine import configure_logs, leave_a_core_to_the_event_loop, raise_open_files_limit
 from server.lifecycle.scratch import ENGINE_ERRORS, HTTP_SOCKET, HUB_SOCKET, LOGGING_CONFIG
 from server.lifecycle.tasks import first, running
 from server.policy.refusals import NotReady
@@ -77,6 +77,7 @@ def main(plan: Plan) -> None:
     settings = Settings.model_construct(**plan.settings)
     configure_logs(settings)
     raise_open_files_limit()
+    leave_a_core_to_the_event_loop()
     structlog.contextvars.bind_contextvars(front_end=plan.index)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         ended_as = runner.run(_live(plan, settings))

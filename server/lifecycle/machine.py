@@ -3,6 +3,7 @@
 import os
 import resource
 import socket
+import sys
 from typing import Final
 
 import structlog
@@ -17,6 +18,7 @@ log = structlog.get_logger("server.lifecycle")
 _QUIET_RESOURCE_TRACKER: Final = "ignore::UserWarning:multiprocessing.resource_tracker"
 _BACKLOG: Final = 2048
 _OPEN_FILES: Final = 65535
+_TOKENIZER_THREADS: Final = "RAYON_NUM_THREADS"
 
 
 def configure_logs(settings: Settings) -> None:
@@ -43,6 +45,15 @@ def raise_open_files_limit() -> None:
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def leave_a_core_to_the_event_loop() -> None:
+    """Tokenizers take every core for the texts of a long history, and everybody's tokens wait for one meanwhile.
+
+    They read it when they first have several texts. What the operator has set stays.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    os.environ.setdefault(_TOKENIZER_THREADS, str(max(1, cores - 1)))
 
 
 def operator_key(settings: Settings) -> str | None:

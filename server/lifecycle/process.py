@@ -22,7 +22,13 @@ from server.engine.supervisor import Supervisor
 from server.lifecycle.draining import drain
 from server.lifecycle.ending import end_children, leave_behind_the_loading
 from server.lifecycle.http import HttpServer, public_config
-from server.lifecycle.machine import bind, configure_logs, operator_key, raise_open_files_limit
+from server.lifecycle.machine import (
+    bind,
+    configure_logs,
+    leave_a_core_to_the_event_loop,
+    operator_key,
+    raise_open_files_limit,
+)
 from server.lifecycle.scratch import ENGINE_ERRORS, LOGGING_CONFIG
 from server.lifecycle.several import Several, plan_for
 from server.lifecycle.tasks import first, running
@@ -75,6 +81,7 @@ def serve(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, s
 def prepared(settings: Settings, vllm_args: Sequence[str], versions: Mapping[str, str]) -> "Iterator[Process]":
     """A process that does not run yet, on a machine made ready for it. Raises `BadRedisUrl` and `TenantsFileError`."""
     raise_open_files_limit()
+    leave_a_core_to_the_event_loop()
     with tempfile.TemporaryDirectory(prefix="tidegate-") as scratch:
         os.environ.setdefault(SOCKETS_FOLDER, scratch)
         yield Process(settings, vllm_args, versions, Path(scratch))
