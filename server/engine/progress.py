@@ -103,11 +103,12 @@ class FollowedOutputProcessor(OutputProcessor):
     ) -> None:
         goes_on = request.request_id in self.request_states  # streamed input adds to a state that is there
         super().add_request(request, prompt, parent_req, request_index, queue)
-        state = self.request_states.get(request.request_id)
-        if state is not None and not goes_on:
+        if (state := self.request_states.get(request.request_id)) is None:
+            return  # streamed input has ended after its answer
+        if not goes_on:
             begin_with_tail(state.detokenizer, request.prompt_token_ids)
         if (progress := _followed.get()) is not None:
-            progress.follow(self.request_states[request.request_id])
+            progress.follow(state)
 
 
 def follow_requests(processor: OutputProcessor) -> None:

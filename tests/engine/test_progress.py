@@ -136,3 +136,24 @@ def test_a_request_that_is_run_again_starts_from_nothing() -> None:
     assert progress.completion_tokens == 0
     step(fresh, "a", [9], cached=0)
     assert progress.completion_tokens == 1
+
+
+def test_streamed_input_may_end_after_its_answer() -> None:
+    processor, progress = new_processor(), Progress()
+
+    async def outputs() -> AsyncGenerator[str, None]:
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+        queue = RequestOutputCollector(RequestOutputKind.DELTA, "a")
+        for resumable in (True, False):
+            request = core_request("a", params)
+            request.resumable = resumable
+            processor.add_request(request, None, None, 0, queue)
+            processor.process_outputs([EngineCoreOutput("a", [5], finish_reason=FinishReason.LENGTH)])
+        yield "ended"
+
+    async def run() -> list[str]:
+        return [said async for said in followed(progress, outputs)()]
+
+    assert asyncio.run(run()) == ["ended"]
+    assert not processor.request_states
+    assert progress.completion_tokens == 1
