@@ -93,7 +93,7 @@ class Admission:
         self.kv_usage_ratio = step.kv_usage_ratio
         self._engine_waiting, self._since_step = step.waiting, 0
         running, itl_s = self.ledger.sequences, step.itl_s
-        self.unloaded = self._alone.stepped(self.unloaded, itl_s, alone=running == 1 and not step.prefilling)
+        self.unloaded = self._alone.stepped(self.unloaded, itl_s, alone=running == 1)
         slo_s = self.objectives.tpot(self.unloaded)
         self.cap = self.cap.stepped(itl_s, running, slo_s, wanted=bool(self._short - {"batch"}))
         gap_slo_s = self.objectives.tpot_beside_batches(self.unloaded)

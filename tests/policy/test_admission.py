@@ -260,3 +260,39 @@ def test_who_waits_behind_light_tenants_expects_them_to_go_first() -> None:
     doors[1].admission._usual.favoured = 0.5
     first, second = (door.admission.forecast(Terms(), "a", USUAL, door.now_s) for door in doors)
     assert second == pytest.approx(2 * first, rel=0.2)
+
+
+def test_who_comes_in_gives_forecasts_their_trust_back() -> None:
+    door = Door(max_running=64)
+    trust = door.admission._trust
+    trust.broken("default")
+    before = trust.share("default")
+    door.ticket()
+    door.let_in()
+    assert trust.share("default") > before
+
+
+def test_a_prompt_that_is_given_up_leaves_no_time_behind() -> None:
+    door = Door()
+    door.ticket()
+    (held,) = door.let_in()
+    door.admission.stepped(Step(1, 0, 0.1, prefilling=True, duration_s=20.0))
+    door.admission.release(held, Consumed(), door.now_s)
+    assert door.admission.rates.pending_prefill_s == 0
+
+
+def test_the_first_asks_count_alike() -> None:
+    """One short answer at first would make the forecasts of a cold start short for a long time."""
+    door = Door()
+    for max_tokens in (10, 30):
+        door.ticket(ask=Ask(10, max_tokens))
+    assert door.admission._usual.max_tokens == 20
+
+
+def test_the_engine_is_busy_since_the_first_of_those_that_follow_each_other() -> None:
+    door = Door()
+    for pause_s in (0.0, 3.0):
+        door.now_s += pause_s
+        door.ticket()
+        door.let_in()
+    assert door.admission.ledger.busy_since_s == 100.0
