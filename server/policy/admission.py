@@ -163,7 +163,8 @@ class Admission:
             return None
         patience_s = self.patience_s(terms, ask)
         nothing_before = wait_s <= self._own_s(ask)
-        in_time = waited_s + wait_s <= (1.0 if nothing_before else self._trust.share(terms.traffic_class)) * patience_s
+        trusted = self._trust.share(terms.traffic_class, first=not self.backlog.tenants(terms.traffic_class))
+        in_time = waited_s + wait_s <= (1.0 if nothing_before else trusted) * patience_s
         if in_time or (nothing_before and terms.timeout_s is None):
             return None
         slo_s = self.objectives.ttft(terms.traffic_class, self.unloaded)
@@ -302,9 +303,9 @@ class Admission:
             room = self._room(ticket, now_s)
             reserved = min(reservation(ask, self.growth, self.capacity), room.kv_tokens)
             prompt_tokens = self.capacity.in_blocks(ask.prompt_tokens) * sequences
-        favoured = self._is_favoured(ticket.traffic_class, ticket.tenant)
-        self._usual.admitted(ticket.traffic_class, favoured=favoured)
-        self._trust.kept(ticket.traffic_class)
+        self._usual.admitted(ticket.traffic_class, favoured=self._is_favoured(ticket.traffic_class, ticket.tenant))
+        used_up = (now_s - ticket.arrived_s) / self.objectives.ttft(ticket.traffic_class, self.unloaded)
+        self._trust.kept(ticket.traffic_class, used_up, last=not self.backlog.tenants(ticket.traffic_class))
         held = Held(ticket, reserved, sequences, prompt_tokens, now_s)
         self.ledger.admit(held)
         self.counters.served(ticket.tenant, ticket.cost)

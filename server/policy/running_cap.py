@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 _FIRST_CAP: Final = 8
-# Two streams share a step for hardly more than one takes, and with a single place everybody waits for one answer.
-_LEAST_CAP: Final = 2
+# A few streams share a step for hardly more than one takes, as it reads the weights once for all of them. Fewer places
+# would not make anybody fast, but everybody wait.
+_LEAST_CAP: Final = 3
 # While it still grows by itself, this many times the limit will soon be allowed.
 _HOPE: Final = 4
 _ITL_WEIGHT: Final = 0.1

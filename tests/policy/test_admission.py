@@ -266,10 +266,22 @@ def test_who_comes_in_gives_forecasts_their_trust_back() -> None:
     door = Door(max_running=64)
     trust = door.admission._trust
     trust.broken("default")
-    before = trust.share("default")
+    before = trust.share("default", first=False)
     door.ticket()
     door.let_in()
-    assert trust.share("default") > before
+    assert trust.share("default", first=False) > before
+
+
+def test_who_is_next_is_not_refused_for_what_happened_to_others() -> None:
+    """Forecasts were wrong for the last of a queue; nobody waits now, and in three of five seconds a place is free."""
+    door = Door(max_running=64, ttft_slo_s=5)
+    for _ in range(20):
+        door.admission._trust.broken("default")
+    shed = door.admission._too_late(Terms(), USUAL, 0.0, 3.0)
+    door.ticket()
+    behind = door.admission._too_late(Terms(), USUAL, 0.0, 3.0)
+    assert shed is None
+    assert behind is not None
 
 
 def test_a_prompt_that_is_given_up_leaves_no_time_behind() -> None:

@@ -1,6 +1,7 @@
 """The whole policy against a made-up engine: what it is there for, without a real machine's noise."""
 
 import random
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -94,6 +95,17 @@ def test_a_standing_overload_teaches_the_gate_to_refuse_at_once() -> None:
 def test_almost_nobody_is_refused_at_half_the_capacity(runs: Runs) -> None:
     jobs = [job for several, _ in runs[0.5] for job in several]
     assert fmean(job.refused_after_s is not None for job in jobs) < 0.02
+
+
+def test_an_overload_that_is_over_refuses_nobody() -> None:
+    """What a gate has learnt in it of waits, shares and paces holds for no longer than it has to."""
+    afterwards = []
+    for seed in SEEDS:
+        before = traffic(4 * CAPACITY_PER_S, 20, everyone, seed)
+        after = [replace(job, at_s=job.at_s + 30) for job in traffic(0.5 * CAPACITY_PER_S, 20, everyone, seed + 100)]
+        SimulatedEngine(gate(), KV_TOKENS).serve([*before, *after], 60)
+        afterwards += after
+    assert fmean(job.refused_after_s is not None for job in afterwards) < 0.02
 
 
 def test_nothing_is_left_behind(runs: Runs) -> None:
