@@ -32,6 +32,7 @@ class Crew:
         self._plan = plan
         self._fork_server = fork_server
         self._switchboard = switchboard
+        self._share = plan.share
         self._processes: dict[int, Any] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
@@ -67,6 +68,8 @@ class Crew:
             started_s = time.monotonic()
             self._processes[index] = process = self._start(index)
             await _end_of(process)
+            if self._share is not None:
+                self._share.shares.gone(index)
             if self._stopping.is_set():
                 return
             if time.monotonic() - started_s > _WELL_S:

@@ -20,10 +20,11 @@ from server.engine.start_failures import StartFailure
 from server.engine.supervisor import Supervisor
 from server.hub import messages
 from server.hub.connection import Connection, connect
+from server.lifecycle.accepting import Shares
 from server.lifecycle.draining import drain
-from server.lifecycle.http import HttpServer, public_config
+from server.lifecycle.http import HttpServer, Share, public_config
 from server.lifecycle.machine import configure_logs, leave_a_core_to_the_event_loop, raise_open_files_limit
-from server.lifecycle.scratch import ENGINE_ERRORS, HTTP_SOCKET, HUB_SOCKET, LOGGING_CONFIG
+from server.lifecycle.scratch import CONNECTIONS, ENGINE_ERRORS, HTTP_SOCKET, HUB_SOCKET, LOGGING_CONFIG
 from server.lifecycle.tasks import first, running
 from server.policy.refusals import NotReady
 from server.policy.restarts import RestartRules
@@ -59,6 +60,11 @@ class Plan:
     def of(self, index: int) -> "Plan":
         """The plan of one of them."""
         return replace(self, index=index)
+
+    @property
+    def share(self) -> Share | None:
+        """Its part of the connections; None where there is nobody to share them with."""
+        return Share(Shares(self.scratch / CONNECTIONS, self.count), self.index) if self.count > 1 else None
 
     def on(self, listener: socket.socket) -> "Plan":
         """The plan with the socket that all of them listen on."""
@@ -213,7 +219,7 @@ class FrontEnd:
     async def _answer(self, supervising: "asyncio.Task[None]") -> int:
         """Serve HTTP until told to stop, or until no engine can be joined any more."""
         assert self._plan.listener is not None
-        http = HttpServer(public_config(self._settings, self._app.asgi))
+        http = HttpServer(public_config(self._settings, self._app.asgi), self._plan.share)
         serving = asyncio.create_task(http.serve(sockets=[self._plan.listener]))
         self._connection.send(messages.Serving())
         await first(self._stop.wait(), supervising)

@@ -99,7 +99,8 @@ class Process:
         self.scratch = scratch
         key = operator_key(settings)
         self._app: Application = build_application(settings, versions, operator_key=key)
-        self._several = Several(settings, self._app, self._fork_server, plan_for(settings, versions, key, scratch))
+        self._plan = plan_for(settings, versions, key, scratch)
+        self._several = Several(settings, self._app, self._fork_server, self._plan)
         self._stop = asyncio.Event()
         self._stop_at_once = asyncio.Event()
         self.loading_abandoned = False
@@ -118,7 +119,7 @@ class Process:
         loop = asyncio.get_running_loop()
         self._app.figures.watch_event_loop(lambda: len(asyncio.all_tasks(loop)))
         self._say_where(listener)
-        http = HttpServer(public_config(self._settings, self._app.asgi))
+        http = HttpServer(public_config(self._settings, self._app.asgi), self._plan.share)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         try:
             async with self._app.store.running(), self._keys_followed(), self._app.batches.running():
