@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from server.app import Application, build_application
 from server.settings import Settings
+from server.store.ending import ended
 from tests.serving.fake_stack import FakeStack
 
 if TYPE_CHECKING:  # the engine room imports vLLM
@@ -51,8 +52,7 @@ def _served(application: Application) -> Iterator[str]:
         watching = asyncio.create_task(application.access.watch(lambda _: None))
         async with application.batches.running():
             await server.serve([listener])
-        watching.cancel()
-        await asyncio.wait({watching})
+        await ended({watching})
         await application.store.client.aclose()
         await application.store.patient_client.aclose()
 

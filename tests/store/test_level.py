@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from server.policy.ladder import LadderRules, Level, Pin
 from server.serving.ladder import LadderSources, LadderWatch
 from server.store.connection import connect
+from server.store.ending import ended
 from server.store.level import PinsUnreachable, RedisPins
 from server.telemetry.resilience import ResilienceMetrics
 from tests.serving.fake_stack import FakeStack, slot_with
@@ -76,8 +77,6 @@ async def test_a_change_reaches_four_replicas_within_a_second(redis_url: str) ->
             while any(watch.level == before for watch in watches):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)  # the replicas poll, so does the test
         assert time.monotonic() - started_s < 1
-    for task in running:
-        task.cancel()
-    await asyncio.wait(running)
+    await ended(running)
     for client in clients:
         await cast("Redis", client).aclose()
