@@ -95,7 +95,8 @@ class Admission:
         running, itl_s = self.ledger.sequences, step.itl_s
         self.unloaded = self._alone.stepped(self.unloaded, itl_s, alone=running == 1)
         slo_s = self.objectives.tpot(self.unloaded)
-        self.cap = self.cap.stepped(itl_s, running, slo_s, wanted=bool(self._short - {"batch"}))
+        wanted, careful = bool(self._short - {"batch"}), self.ledger.critical_sequences > 0
+        self.cap = self.cap.stepped(itl_s, running, slo_s, wanted=wanted, careful=careful)
         gap_slo_s = self.objectives.tpot_beside_batches(self.unloaded)
         self.gap_cap = self.gap_cap.stepped(itl_s, running, gap_slo_s, wanted="batch" in self._short)
         self._short.clear()
@@ -375,8 +376,7 @@ class Admission:
         in_queue = min(self._engine_waiting + self._since_step, ledger.prefilling)
         if in_queue >= factor * max(_ENGINE_QUEUE, cap.limit // _ENGINE_QUEUE_SHARE):
             return False
-        rate = self.rates.prefill_tokens_per_s(self.unloaded)
-        ahead = ledger.prefilling_tokens
+        ahead, rate = ledger.prefilling_tokens, self.rates.prefill_tokens_per_s(self.unloaded)
         if not ahead or not rate:
             return True
         return ahead + ticket.ask.prompt_tokens <= factor * _PREFILL_PACES * pace_s * rate

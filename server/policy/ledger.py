@@ -48,6 +48,7 @@ class Ledger:
         self.sequences = 0
         self.prefilling = 0  # sequences whose prompt is not in the KV cache yet
         self.prefilling_tokens = 0  # and the tokens of these prompts
+        self.critical_sequences = 0
         self.offline_sequences = 0  # lines of batches
         self.offline_reserved = 0
         self._unfilled = 0
@@ -109,6 +110,8 @@ class Ledger:
     def _hold(self, held: Held, sign: int) -> None:
         self.reserved += sign * held.reserved
         self.sequences += sign * held.sequences
+        if held.ticket.traffic_class == "critical":
+            self.critical_sequences += sign * held.sequences
         if held.ticket.offline:
             self.offline_reserved += sign * held.reserved
             self.offline_sequences += sign * held.sequences

@@ -21,6 +21,8 @@ _MOST_ITL: Final = 2.0
 # mean lies at the objective itself would let half of the streams miss it; at 0.75 a few in a hundred do.
 _HIGH_WATER: Final = 0.75
 _LOW_WATER: Final = 0.65
+# And this much of them while somebody runs whose pace is not to suffer at all.
+_CAREFUL: Final = 0.93
 _DECREASE: Final = 0.8
 _FAR_BELOW: Final = 0.5  # of the objective: below it growth is multiplicative again
 _GROWTH: Final = 1.5
@@ -66,12 +68,14 @@ class RunningCap:
             return min(_HOPE * self.limit, self.most)
         return max(1, min(self.limit, round(self.usual))) if self.usual else self.limit
 
-    def stepped(self, itl_s: float | None, running: int, tpot_slo_s: float, *, wanted: bool) -> "RunningCap":
+    def stepped(
+        self, itl_s: float | None, running: int, tpot_slo_s: float, *, wanted: bool, careful: bool = False
+    ) -> "RunningCap":
         """After one engine step whose streams waited `itl_s` for their tokens (None: it had no stream).
 
         `wanted`: somebody would have run but for the limit. One that stops nobody is not raised, and one that is not
         yet obeyed is not lowered again: what runs over it has to end first. Where fewer than half of it run, it is not
-        what makes them slow.
+        what makes them slow. `careful`: a critical one is among them, and the aim is lower.
         """
         smoothed = self.itl_s
         if itl_s is not None:
@@ -83,10 +87,11 @@ class RunningCap:
         cap = replace(self, itl_s=smoothed, steps_to_settle=max(0, self.steps_to_settle - 1), usual=usual)
         if cap.steps_to_settle:
             return cap
-        if smoothed > _HIGH_WATER * tpot_slo_s and running <= self.limit <= 2 * running:
+        aim_s = (_CAREFUL if careful else 1.0) * tpot_slo_s
+        if smoothed > _HIGH_WATER * aim_s and running <= self.limit <= 2 * running:
             return cap._limited(int(_DECREASE * min(self.limit, running)), starting=False)
-        if smoothed < _LOW_WATER * tpot_slo_s and wanted:
-            fast = self.starting or smoothed < _FAR_BELOW * tpot_slo_s
+        if smoothed < _LOW_WATER * aim_s and wanted:
+            fast = self.starting or smoothed < _FAR_BELOW * aim_s
             raised = int(self.limit * _GROWTH) + 1 if fast else self.limit + 1
             return cap._limited(raised, starting=self.starting)
         return cap

@@ -8,6 +8,7 @@ from server.policy.ledger import Held
 from server.policy.objectives import Objectives
 from server.policy.reservations import Ask, Capacity
 from server.policy.running_cap import RunningCap
+from server.policy.tenants import TrafficClass
 from server.policy.terms import Terms
 from server.policy.verdicts import Admit, Consumed, Enqueue, Shed
 from tests.policy.door import UNLOADED, USUAL, Door
@@ -146,6 +147,25 @@ def test_the_engines_own_queue_is_kept_short() -> None:
     assert isinstance(started[0], Admit)
     door.admission.prefilled(started[0].held)
     assert door.admission.next(door.now_s) is not None
+
+
+def test_the_pace_leaves_room_for_a_critical_stream_while_there_is_one() -> None:
+    limits = []
+    classes: tuple[TrafficClass, ...] = ("default", "critical")
+    for name in classes:
+        door = Door(max_running=64)
+        door.admission.cap = RunningCap(limit=8, most=64, starting=False)
+        door.ticket(name=name)
+        (held,) = door.let_in()
+        for _ in range(7):
+            door.ticket("b")
+        door.let_in()
+        for _ in range(40):
+            door.admission.stepped(Step(8, 0, 0.1, itl_s=0.074))
+        limits.append(door.admission.cap.limit)
+        door.finish(held)
+        assert door.admission.ledger.critical_sequences == 0
+    assert limits[1] < limits[0] == 8
 
 
 def test_a_long_prompt_goes_to_the_engine_alone() -> None:

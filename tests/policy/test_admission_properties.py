@@ -108,6 +108,8 @@ class AnyOrder(RuleBasedStateMachine):
         assert ledger.sequences == sum(held.sequences for held in self.held)
         lines = [held for held in self.held if held.ticket.offline]
         assert ledger.offline_sequences == sum(held.sequences for held in lines)
+        critical = [held for held in self.held if held.ticket.traffic_class == "critical"]
+        assert ledger.critical_sequences == sum(held.sequences for held in critical)
         assert ledger.offline_reserved == sum(held.reserved for held in lines)
         assert ledger.prefilling == sum(held.sequences for held in self.held if not held.prefilled)
         assert ledger.promised(0) == sum(held.unfilled for held in self.held) >= 0

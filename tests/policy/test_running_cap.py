@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,6 +64,16 @@ def test_a_slow_engine_still_runs_a_few() -> None:
     for _ in range(500):
         cap = cap.stepped(9.0, cap.limit, SLO_S, wanted=True)
     assert cap.limit == 3
+
+
+@pytest.mark.parametrize("itl_s", [0.074, 0.064])
+def test_a_pace_that_is_right_for_others_is_too_slow_beside_a_critical_stream(itl_s: float) -> None:
+    """Of an objective of 0.1 s: the first is lowered for it, the second is not raised."""
+    usual = careful = RunningCap(limit=40, most=64, starting=False)
+    for _ in range(20):
+        usual = usual.stepped(itl_s, 40, SLO_S, wanted=True)
+        careful = careful.stepped(itl_s, 40, SLO_S, wanted=True, careful=True)
+    assert careful.limit < usual.limit
 
 
 def test_an_engine_without_streams_is_not_slowed_down() -> None:
