@@ -31,7 +31,7 @@ from benchmarks.contenders import (
     started,
 )
 from benchmarks.open_loop import Run
-from benchmarks.overload_report import OURS, Measured, Objective, headline, print_table, write_curves
+from benchmarks.overload_report import OURS, TUNED, Measured, Objective, headline, print_table, write_curves
 from benchmarks.traffic import Arrival, Caller, Traffic
 
 LOADS: Final = (0.5, 1.0, 2.0, 4.0)
@@ -60,7 +60,8 @@ LIGHT: Final = Caller("light", "default", 1.0, "tg-bench-light-0123456789abcdef"
 class Plan:
     """How much is measured: seconds of arrivals in a turn, and turns with other arrivals.
 
-    `light_everywhere`: plain vLLM too is asked by a light tenant beside a heavy one.
+    `light_everywhere`: plain vLLM too is asked by a light tenant beside a heavy one. `tuned_from`: the least load that
+    the tuned one gets.
     """
 
     duration_s: float
@@ -68,6 +69,7 @@ class Plan:
     loads: Sequence[float]
     bursts: bool
     light_everywhere: bool
+    tuned_from: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,8 @@ class Calibration:
     objective: Objective
 
 
-_FULL: Final = Plan(30, _SEEDS, LOADS, bursts=True, light_everywhere=True)
-_QUICK: Final = Plan(20, _SEEDS[:1], LOADS, bursts=False, light_everywhere=False)
+_FULL: Final = Plan(30, _SEEDS, LOADS, bursts=True, light_everywhere=True, tuned_from=0.0)
+_QUICK: Final = Plan(20, _SEEDS[:1], LOADS, bursts=False, light_everywhere=False, tuned_from=2.0)
 
 
 def measure(plan: Plan, model: str, flags: Sequence[str], chosen: Sequence[str]) -> dict[str, Any]:
@@ -94,11 +96,12 @@ def measure(plan: Plan, model: str, flags: Sequence[str], chosen: Sequence[str])
             measured += _turns(plain, plan, calibration)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         for kind, extra in _others(calibration, Path(folder)):
-            if chosen and kind.name not in chosen:
+            loads = [load for load in plan.loads if kind.name != TUNED or load >= plan.tuned_from]
+            if not loads or (chosen and kind.name not in chosen):
                 continue
             with started(kind, model, [*flags, *extra]) as contender:
                 _warm_up(contender)
-                measured += _turns(contender, plan, calibration)
+                measured += _turns(contender, replace(plan, loads=loads), calibration)
     return {
         "settings": {**shown_settings(model, flags), "duration_s": plan.duration_s, "seeds": list(plan.seeds)},
         "capacity_per_s": calibration.capacity_per_s,
@@ -119,7 +122,7 @@ def _others(found: Calibration, folder: Path) -> list[tuple[Kind, list[str]]]:
     in_queue = int(found.streams * 0.8 * slo.ttft_s / found.residence_s)
     tuned = ["--max-num-seqs", str(found.streams), "--max-num-queued-reqs", str(found.streams + max(1, in_queue))]
     ours = ["--ttft-slo", f"{slo.ttft_s:g}", "--tpot-slo", f"{slo.tpot_s:.4f}", *tenant_flags(folder)]
-    return [(replace(PLAIN, name="tuned"), tuned), (TIDEGATE, ours)]
+    return [(replace(PLAIN, name=TUNED), tuned), (TIDEGATE, ours)]
 
 
 def _warm_up(contender: Contender) -> None:
@@ -230,7 +233,7 @@ def _digest(key: str | None) -> str:
 @click.option("--model", help="Model folder or name. [default: the embedded model]")
 @click.option("--quick", is_flag=True, help="One seed and shorter turns: ten minutes.")
 @click.option("--load", "loads", type=float, multiple=True, help="Only this multiple of the capacity; repeatable.")
-@click.option("--only", multiple=True, type=click.Choice(["plain", "tuned", "tidegate"]), help="Only this server.")
+@click.option("--only", multiple=True, type=click.Choice([PLAIN.name, TUNED, OURS]), help="Only this server.")
 @click.option("--duration-s", type=float, help="Seconds of arrivals in a turn.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write the curves to this SVG file.")
 @click.option("as_json", "--json", is_flag=True, help="Add one JSON object as the last line.")

@@ -13,9 +13,12 @@ from rich.table import Table
 from benchmarks.open_loop import Outcome, Run
 
 OURS: Final = "tidegate"
+TUNED: Final = "tuned"
 _TABLE_WIDTH: Final = 220
-_COLOURS: Final[Mapping[str, str]] = {"plain": "#b04a3a", "tuned": "#c99a2e", OURS: "#2a6f97"}
+_COLOURS: Final[Mapping[str, str]] = {"plain": "#b04a3a", TUNED: "#c99a2e", OURS: "#2a6f97"}
 _PAIR: Final = 2
+# A client that was told to go away after this time has waited for it.
+_ON_ARRIVAL_S: Final = 0.5
 _WIDTH: Final = 640
 _HEIGHT: Final = 360
 _MARGIN: Final = 50
@@ -110,14 +113,16 @@ def headline(measured: Sequence[Measured], slo: Objective) -> dict[str, float | 
         "goodput_1x": goodput(OURS, 1.0),
         "goodput_4x_over_1x": _ratio(goodput(OURS, 4.0), goodput(OURS, 1.0)),
         "goodput_2x_over_plain": _ratio(goodput(OURS, 2.0), goodput("plain", 2.0)),
-        "goodput_2x_over_tuned": _ratio(goodput(OURS, 2.0), goodput("tuned", 2.0)),
-        "goodput_4x_over_tuned": _ratio(goodput(OURS, 4.0), goodput("tuned", 4.0)),
+        "goodput_2x_over_tuned": _ratio(goodput(OURS, 2.0), goodput(TUNED, 2.0)),
+        "goodput_4x_over_tuned": _ratio(goodput(OURS, 4.0), goodput(TUNED, 4.0)),
         "goodput_half_over_plain": _ratio(goodput(OURS, 0.5), goodput("plain", 0.5)),
         "critical_slo_ratio_4x": _mean(r for m in ours_4x if (r := m.ratio_within("critical", slo)) is not None),
         "light_slo_ratio_4x": _mean(r for m in ours_4x if (r := m.ratio_within("light", slo)) is not None),
         "light_tenant_p99_ratio": _ratio(percentile(light_beside, 99), percentile(light_alone, 99)),
         "refusal_p50_s_4x": percentile(refusals_s, 50),
         "refusal_p99_s_4x": percentile(refusals_s, 99),
+        "refusal_on_arrival_p99_s_4x": percentile([t for t in refusals_s if t <= _ON_ARRIVAL_S], 99),
+        "refused_after_a_wait_ratio_4x": _mean(float(t > _ON_ARRIVAL_S) for t in refusals_s),
         "preemptions": float(sum(m.preemptions for m in ours)) if ours else None,
         "preemptions_plain": float(sum(m.preemptions for m in measured if m.server == "plain")),
         "generator_cpu_ratio": max((m.turn.generator_cpu_s / m.turn.wall_s for m in measured), default=None),
