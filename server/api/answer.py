@@ -6,7 +6,7 @@ and the cleanup runs in that task.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Final
@@ -181,15 +181,12 @@ class OwnedResponse(Response):
                     await self._send_frames(b"".join(held), reply.media_type, opened)
                     held.clear()
                     if isinstance(frames, DirectFrames):
-                        frames.flow_to(self._write)
+                        frames.flow_to(self._connection.write)
         opened.figures.last_frame_s = time.perf_counter()
         opened.leave_engine()
         await self._send_frames(b"".join(held), reply.media_type, opened)
         self._client.finish()
         await self._end()
-
-    def _write(self, frame: Frame) -> Awaitable[None] | None:
-        return self._connection.write(_bytes(frame))
 
     def _kept_alive(self, media_type: str, opened: OpenRequest) -> AbstractAsyncContextManager[Reminder | None]:
         """Inside it, comments go out while the client waits: proxies cut a stream whose first token is long in coming.

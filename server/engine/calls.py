@@ -22,7 +22,7 @@ class Frames(Protocol):
 
 # Writes a frame at once; what is left to be awaited before the next one, if its connection is full. Raises what sending
 # raises.
-Write = Callable[[Frame], Awaitable[None] | None]
+Write = Callable[[bytes], Awaitable[None] | None]
 
 
 class DirectFrames(ABC):

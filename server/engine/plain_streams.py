@@ -51,17 +51,17 @@ class Shape(Generic[Item]):
 class _Choice:
     """A choice's frame around its text, and the tokens that vLLM's generator has not seen."""
 
-    before: str
-    after: str
+    before: bytes
+    after: bytes
     unseen: list[int] = field(default_factory=list)
 
-    def framed(self, text: str) -> str:
-        return f"{self.before}{encode_basestring(text)}{self.after}"
+    def framed(self, text: str) -> bytes:
+        return b"%b%b%b" % (self.before, encode_basestring(text).encode(), self.after)
 
     def frame(self, output: CompletionOutput) -> str:
         """The frame, which vLLM's generator will not see the tokens of."""
         self.unseen += output.token_ids
-        return self.framed(output.text)
+        return self.framed(output.text).decode()
 
 
 class _Feed(Generic[Item]):
@@ -203,7 +203,7 @@ def _learn(frame: str, outputs: Outputs, choices: dict[int, _Choice], text_key: 
         return
     text, end = scanstring(frame, start + 1)
     if text == output.text:
-        choices[index] = _Choice(frame[:start], frame[end:])
+        choices[index] = _Choice(frame[:start].encode(), frame[end:].encode())
 
 
 def splice_chat(chat: OpenAIServingChat, parses: Callable[[ChatCompletionRequest], bool]) -> None:

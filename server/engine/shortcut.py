@@ -188,13 +188,14 @@ class ShortcutOutputProcessor(FollowedOutputProcessor):
                 own.num_generation_tokens += len(token_ids)
                 gaps_s.append(timestamp_s - own.last_token_ts)
                 own.last_token_ts = timestamp_s
-            _decode(detokenizer, token_ids)
+            text = _decoded(detokenizer, token_ids)
             if state.held + len(token_ids) <= most_held and state.held_back(token_ids):
+                detokenizer.output_text += text
                 self.holding[output.request_id] = state
                 continue
             if state.held:
                 self.holding.pop(output.request_id, None)
-            text = _shown(detokenizer)
+                text = _shown(detokenizer) + text
             if not state.delivered(text, token_ids):
                 state.hand_over(text, token_ids)
         if stats is not None:
@@ -239,15 +240,21 @@ def _is_nothing_but_tokens(output: EngineCoreOutput) -> bool:
     )
 
 
-def _decode(detokenizer: Any, token_ids: Sequence[int]) -> None:
-    """What `update` of vLLM's fast detokenizer does where there is nothing to look for."""
-    for token_id in token_ids:
-        detokenizer.token_ids.append(token_id)
-        detokenizer.output_text += detokenizer._protected_step(token_id) or ""
+def _decoded(detokenizer: Any, token_ids: Sequence[int]) -> str:
+    """What `update` of vLLM's fast detokenizer adds to its text, where there is nothing to look for.
+
+    Of a stream nothing is asked for that was shown before. So a text that is shown at once need not be added: vLLM
+    copies all of an answer for each of its tokens.
+    """
+    detokenizer.token_ids += token_ids
+    step = detokenizer._protected_step
+    if len(token_ids) == 1:
+        return step(token_ids[0]) or ""
+    return "".join([step(token_id) or "" for token_id in token_ids])
 
 
 def _shown(detokenizer: Any) -> str:
-    """The text that is shown now, as its `get_next_output_text` gives it."""
+    """The text that was held back, as its `get_next_output_text` gives it."""
     text: str = detokenizer.output_text[detokenizer._last_output_text_offset :]
     detokenizer._last_output_text_offset = len(detokenizer.output_text)
     return text

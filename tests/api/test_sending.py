@@ -1,7 +1,12 @@
 import asyncio
+import socket
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from server.api.answer import WireLimits
 from server.api.sending import WatchedSend
@@ -137,3 +142,73 @@ async def test_what_sending_raises_is_raised() -> None:
 
     with pytest.raises(OSError, match="gone"):
         await write_to(send, b"")
+
+
+class Streamed:
+    """An application on a real uvicorn that streams frames, through `send` or through `write`."""
+
+    def __init__(self, frames: Sequence[bytes], *, at_once: bool) -> None:
+        self._frames = frames
+        self._at_once = at_once
+        self.waited = 0
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await receive()
+        async with WatchedSend(send, send, 60, lambda: None) as watched:
+            await watched({"type": "http.response.start", "status": 200, "headers": headers})
+            for frame in self._frames:
+                if not self._at_once:
+                    await watched({"type": "http.response.body", "body": frame, "more_body": True})
+                elif (rest := watched.write(frame)) is not None:
+                    self.waited += 1
+                    await rest
+            await watched({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def raw_answer(self, *, read_after_s: float = 0.0) -> bytes:
+        """All bytes that a client gets which begins to read after so many seconds."""
+        config = uvicorn.Config(
+            self, http="httptools", lifespan="off", log_config=None, date_header=False, access_log=False
+        )
+        server = uvicorn.Server(config)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            serving = asyncio.create_task(server.serve([listener]))
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(b"POST / HTTP/1.1\r\nhost: here\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+            await asyncio.sleep(read_after_s)
+            answer = await reader.read()
+            writer.close()
+            server.should_exit = True
+            await serving
+        return answer
+
+
+async def test_what_is_written_at_once_is_on_the_wire_what_uvicorn_would_send() -> None:
+    frames = [b"data: {}\n\n", b"x", "data: \u00fc \u4e2d\n\n".encode(), b"y" * 5000]
+    sent, written = Streamed(frames, at_once=False), Streamed(frames, at_once=True)
+    assert await written.raw_answer() == await sent.raw_answer()
+    assert written.waited == 0
+
+
+async def test_a_client_that_reads_late_gets_all_that_was_written() -> None:
+    frames = [b"%d" % number * 100_000 for number in range(10, 99)]
+    sent, written = Streamed(frames, at_once=False), Streamed(frames, at_once=True)
+    assert await written.raw_answer(read_after_s=0.3) == await sent.raw_answer()
+    assert written.waited > 0
+
+
+async def test_uvicorns_own_send_is_met_where_a_part_of_the_body_is_not_merely_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a connection with room, no frame goes through it; of the answer's head and its end each one does."""
+    seen: list[str] = []
+    whole = RequestResponseCycle.send
+
+    async def noting(self: RequestResponseCycle, message: Any) -> None:
+        seen.append(message["type"])
+        await whole(self, message)
+
+    monkeypatch.setattr(RequestResponseCycle, "send", noting)
+    answer = await Streamed([b"one", b"two"], at_once=True).raw_answer()
+    assert answer.endswith(b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n")
+    assert seen == ["http.response.start", "http.response.body"]

@@ -41,12 +41,11 @@ class Connection:
         assert isinstance(frame, str)
         self.frames.append(frame)
 
-    def write(self, frame: Frame) -> Awaitable[None] | None:
+    def write(self, frame: bytes) -> Awaitable[None] | None:
         self.at_once += 1
         if self.at_once in self.broken:
             raise OSError("broken")
-        assert isinstance(frame, str)
-        self.frames.append(frame)
+        self.frames.append(frame.decode())
         return self._until_there_is_room() if self.at_once in self.full else None
 
     async def _until_there_is_room(self) -> None:
