@@ -117,6 +117,7 @@ def headline(measured: Sequence[Measured], slo: Objective) -> dict[str, float | 
         "goodput_4x_over_tuned": _ratio(goodput(OURS, 4.0), goodput(TUNED, 4.0)),
         "goodput_half_over_plain": _ratio(goodput(OURS, 0.5), goodput("plain", 0.5)),
         "critical_slo_ratio_4x": _mean(r for m in ours_4x if (r := m.ratio_within("critical", slo)) is not None),
+        "alone_slo_ratio": _mean(r for m in ours if m.load == 0.0 and (r := m.ratio_within("light", slo)) is not None),
         "light_slo_ratio_4x": _mean(r for m in ours_4x if (r := m.ratio_within("light", slo)) is not None),
         "light_tenant_p99_ratio": _ratio(percentile(light_beside, 99), percentile(light_alone, 99)),
         "refusal_p50_s_4x": percentile(refusals_s, 50),
