@@ -1,6 +1,6 @@
 """More traffic than the machine can serve: who still completes useful work, and for whom.
 
-Three servers get the same arrivals, one after the other: plain vLLM; plain vLLM with its concurrency and its queue
+Three servers get the same arrivals, in turns: plain vLLM; plain vLLM with its concurrency and its queue
 capped at what was measured to be best for this machine; Tidegate. Useful is an answer whose first token and whose pace
 are within the objectives (goodput).
 """
@@ -10,7 +10,9 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,43 +89,49 @@ _QUICK: Final = Plan(20, _SEEDS[:1], LOADS, bursts=False, light_everywhere=False
 
 
 def measure(plan: Plan, model: str, flags: Sequence[str], chosen: Sequence[str]) -> dict[str, Any]:
-    """All turns of all contenders. Raises `ContenderFailed`."""
-    measured: list[Measured] = []
-    with started(PLAIN, model, flags) as plain:
-        _warm_up(plain)
-        calibration = _calibrate(plain.url)
-        if not chosen or PLAIN.name in chosen:
-            measured += _turns(plain, plan, calibration)
-            calibration = _calibrated_again(plain, calibration)
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        for kind, extra in _others(calibration, Path(folder)):
-            loads = [load for load in plan.loads if kind.name != TUNED or load >= plan.tuned_from]
-            if not loads or (chosen and kind.name not in chosen):
-                continue
-            with started(kind, model, [*flags, *extra]) as contender:
-                _warm_up(contender)
-                measured += _turns(contender, replace(plan, loads=loads), calibration)
+    """All turns of all contenders. Raises `ContenderFailed`.
+
+    Their servers stand side by side and take turns at each load, so that a slow minute of the machine is everybody's.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
+        servers: dict[str, Contender] = {}
+
+        def start(kind: Kind, extra: Sequence[str]) -> Contender:
+            servers[kind.name] = stack.enter_context(started(kind, model, [*flags, *extra]))
+            _warm_up(servers[kind.name])
+            return servers[kind.name]
+
+        plain = start(PLAIN, ())
+        found = _calibrate(plain.url)
+        if not chosen or TUNED in chosen:
+            start(replace(PLAIN, name=TUNED), _tuned_flags(found))
+        found = _calibrated_again(plain, found)
+        if not chosen or OURS in chosen:
+            start(TIDEGATE, _our_flags(found, folder))
+        measured = _turns([servers[name] for name in chosen or servers], list(servers.values()), plan, found)
     return {
         "settings": {**shown_settings(model, flags), "duration_s": plan.duration_s, "seeds": list(plan.seeds)},
-        "capacity_per_s": calibration.capacity_per_s,
-        "capacity_streams": calibration.streams,
-        "ttft_slo_s": calibration.objective.ttft_s,
-        "tpot_slo_s": calibration.objective.tpot_s,
+        "capacity_per_s": found.capacity_per_s,
+        "capacity_streams": found.streams,
+        "ttft_slo_s": found.objective.ttft_s,
+        "tpot_slo_s": found.objective.tpot_s,
         "machine": machine(),
-        "turns": [turn.as_dict(calibration.objective) for turn in measured],
-        **headline(measured, calibration.objective),
+        "turns": [turn.as_dict(found.objective) for turn in measured],
+        **headline(measured, found.objective),
         "measured": measured,
-        "objective": calibration.objective,
+        "objective": found.objective,
     }
 
 
-def _others(found: Calibration, folder: Path) -> list[tuple[Kind, list[str]]]:
-    """The servers beside plain vLLM, and the flags that each gets beside the common ones."""
+def _tuned_flags(found: Calibration) -> list[str]:
+    in_queue = int(found.streams * 0.8 * found.objective.ttft_s / found.residence_s)
+    return ["--max-num-seqs", str(found.streams), "--max-num-queued-reqs", str(found.streams + max(1, in_queue))]
+
+
+def _our_flags(found: Calibration, folder: Path) -> list[str]:
     slo = found.objective
-    in_queue = int(found.streams * 0.8 * slo.ttft_s / found.residence_s)
-    tuned = ["--max-num-seqs", str(found.streams), "--max-num-queued-reqs", str(found.streams + max(1, in_queue))]
-    ours = ["--ttft-slo", f"{slo.ttft_s:g}", "--tpot-slo", f"{slo.tpot_s:.4f}", *tenant_flags(folder)]
-    return [(replace(PLAIN, name=TUNED), tuned), (TIDEGATE, ours)]
+    return ["--ttft-slo", f"{slo.ttft_s:g}", "--tpot-slo", f"{slo.tpot_s:.4f}", *tenant_flags(folder)]
 
 
 def _warm_up(contender: Contender) -> None:
@@ -185,29 +193,41 @@ def _mean_tpot_s(turn: Run) -> float:
     return sum(paces_s) / len(paces_s)
 
 
-def _turns(contender: Contender, plan: Plan, found: Calibration) -> list[Measured]:
-    """The light tenant alone, then beside a heavy one, then all of them at every load."""
+def _turns(asked: Sequence[Contender], servers: Sequence[Contender], plan: Plan, found: Calibration) -> list[Measured]:
+    """The light tenant alone, then beside a heavy one, then all at every load; the other `servers` rest meanwhile."""
+    measured: list[Measured] = []
+
+    def turn(contender: Contender, load: float, traffic: Traffic) -> None:
+        for server in servers:
+            server.wait_until_idle()
+        measured.append(_turn(contender, load, traffic, found))
+
     light_rate = _LIGHT_SHARE * found.capacity_per_s
     alone = Traffic(light_rate, plan.duration_s, (LIGHT,), 0)
     pair = (replace(HEAVY, share=max(plan.loads) * found.capacity_per_s - light_rate), replace(LIGHT, share=light_rate))
     beside = replace(alone, rate_per_s=max(plan.loads) * found.capacity_per_s, callers=pair)
-    measured: list[Measured] = []
-    if plan.light_everywhere or contender.name == OURS:
-        measured += [_turn(contender, 0.0, replace(alone, seed=seed), found) for seed in plan.seeds]
-        measured += [_turn(contender, max(plan.loads), replace(beside, seed=seed), found) for seed in plan.seeds]
-    for load in plan.loads:
-        for burstiness in (1.0, _BURSTINESS) if plan.bursts else (1.0,):
+    for contender in asked:
+        if plan.light_everywhere or contender.name == OURS:
             for seed in plan.seeds:
-                rest = load * found.capacity_per_s - light_rate
-                scaled = [replace(caller, share=caller.share * rest) for caller in (HEAVY, CRITICAL, JOBS)]
-                callers = (*scaled, replace(LIGHT, share=light_rate))
-                traffic = Traffic(load * found.capacity_per_s, plan.duration_s, callers, seed, burstiness)
-                measured.append(_turn(contender, load, traffic, found))
+                turn(contender, 0.0, replace(alone, seed=seed))
+                turn(contender, max(plan.loads), replace(beside, seed=seed))
+    for load, burstiness, seed in product(plan.loads, (1.0, _BURSTINESS) if plan.bursts else (1.0,), plan.seeds):
+        for contender in asked:
+            if contender.name != TUNED or load >= plan.tuned_from:
+                turn(contender, load, _mixed(load, burstiness, seed, plan, found))
     return measured
 
 
+def _mixed(load: float, burstiness: float, seed: int, plan: Plan, found: Calibration) -> Traffic:
+    """Everybody's arrivals at this multiple of the capacity."""
+    light_rate = _LIGHT_SHARE * found.capacity_per_s
+    rest = load * found.capacity_per_s - light_rate
+    scaled = [replace(caller, share=caller.share * rest) for caller in (HEAVY, CRITICAL, JOBS)]
+    callers = (*scaled, replace(LIGHT, share=light_rate))
+    return Traffic(load * found.capacity_per_s, plan.duration_s, callers, seed, burstiness)
+
+
 def _turn(contender: Contender, load: float, traffic: Traffic, found: Calibration) -> Measured:
-    contender.wait_until_idle()
     before = _preemptions(contender.url)
     arrivals = traffic.arrivals()
     turn = asyncio.run(open_loop.run(contender.url, arrivals, grace_s=_GRACE_FACTOR * found.objective.ttft_s))

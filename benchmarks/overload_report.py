@@ -151,7 +151,8 @@ def print_table(measured: Sequence[Measured], slo: Objective) -> None:
     }
     for heading in columns:
         table.add_column(heading, justify="left" if heading == "server" else "right", no_wrap=True)
-    for turn in measured:
+    servers = list(dict.fromkeys(m.server for m in measured))
+    for turn in sorted(measured, key=lambda m: servers.index(m.server)):
         row = turn.as_dict(slo)
         table.add_row(*(_shown(cell(row)) for cell in columns.values()))
     console = Console(width=_TABLE_WIDTH)
