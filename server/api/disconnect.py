@@ -6,6 +6,7 @@ from typing import Final
 
 from starlette.types import Receive
 
+from server.api.exchange import exchange_of, watch_for_leaving
 from server.policy.refusals import Refusal
 
 # How the work of a client that has gone ends. vLLM makes an error of the cancellation where the answer is whole.
@@ -20,6 +21,7 @@ class CancelOnDisconnect:
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
+        self._watcher: asyncio.Task[None] | None = None
         self._finished = False
         self.client_left = False
 
@@ -36,13 +38,18 @@ class CancelOnDisconnect:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._watcher = asyncio.create_task(self._watch())
+        if (exchange := exchange_of(self._receive)) is not None:
+            watch_for_leaving(exchange, self.leave)
+        else:
+            self._watcher = asyncio.create_task(self._watch())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        self._watcher.cancel()
+        self._finished = True
+        if self._watcher is not None:
+            self._watcher.cancel()
         if not self.client_left or kind is None or not issubclass(kind, _ENDS):
             return False
         return self._task.uncancel() == 0

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import structlog
 from starlette.types import Message, Send
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from server.api.exchange import exchange_of, takes_a_chunk
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +28,7 @@ class WatchedSend:
     def __init__(self, send: Send, send_body: Send, timeout_s: float, on_stall: Callable[[], None]) -> None:
         self._send = send
         self._send_body = send_body
-        self._exchange = _exchange_of(send_body)
+        self._exchange = exchange_of(send_body)
         self._timeout_s = timeout_s
         self._on_stall = on_stall
         self._since_s: float | None = None
@@ -42,7 +43,7 @@ class WatchedSend:
 
         May be called outside the request's task, which then awaits the rest. Raises what the server's `send` raises.
         """
-        if (exchange := self._exchange) is not None and _takes_a_chunk(exchange):
+        if (exchange := self._exchange) is not None and takes_a_chunk(exchange):
             exchange.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
             return None
         steps = self._send_body({"type": "http.response.body", "body": body, "more_body": True}).__await__()
@@ -75,18 +76,6 @@ class WatchedSend:
             return
         log.info("a client does not read its answer; it is ended", timeout_s=self._timeout_s)
         self._on_stall()
-
-
-def _exchange_of(send: Send) -> RequestResponseCycle | None:
-    """Whose `send` it is, where that is uvicorn's own."""
-    owner = getattr(send, "__self__", None)
-    return owner if type(owner) is RequestResponseCycle else None
-
-
-def _takes_a_chunk(exchange: RequestResponseCycle) -> bool:
-    """Whether `send` would do nothing with a part of the body but write it, and that at once."""
-    open_ended = exchange.chunked_encoding and not exchange.response_complete
-    return bool(open_ended) and not exchange.disconnected and not exchange.flow.write_paused
 
 
 class _Rest:
