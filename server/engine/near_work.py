@@ -33,10 +33,16 @@ _short: ContextVar[bool] = ContextVar("short_work", default=False)
 class NearRenderer(HfRenderer):
     """vLLM's renderer, which does short work in the event loop. Made from a live one by `do_short_work_near`.
 
-    `encode`: the token ids of a text, with special tokens around it or not.
+    `encode`: the token ids of a text, with special tokens around it or not. `eos_token_id`: the tokenizer's, which it
+    looks for among its tokens each time that it is asked.
     """
 
     encode: Encode
+    eos_token_id: int | None
+
+    def get_eos_token_id(self) -> int | None:
+        """As vLLM's."""
+        return self.eos_token_id
 
     async def render_chat_async(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, which calls the same functions one by one in tasks and in its thread."""
@@ -71,7 +77,7 @@ def do_short_work_near(renderer: BaseRenderer[Any], counter: MessageCounter) -> 
         return
     renderer.__class__ = NearRenderer
     assert isinstance(renderer, NearRenderer)
-    renderer.encode = encode
+    renderer.encode, renderer.eos_token_id = encode, renderer.get_tokenizer().eos_token_id
 
 
 def _encodes_alike(tokenizer: Any, encode: Encode) -> bool:

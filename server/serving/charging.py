@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2s
+from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from server.policy.limits import (
@@ -68,17 +67,33 @@ class _Remembered:
         return now_us - self.refused_us <= _TOKENS_REMEMBERED_US
 
 
-class _Charged:
-    """The charge for one engine request, settled once by whoever comes first: its generator's end, or the request's."""
+class Charged:
+    """The charge for one engine request, held inside `async with`. Entering raises `RateLimited` and `CostAboveLimit`.
 
-    def __init__(self, settle: Callable[[], None]) -> None:
-        self._settle: Callable[[], None] | None = settle
+    It is settled once, by whoever comes first: its generator's end, or the request's.
+    """
+
+    def __init__(self, charging: Charging, request: OpenRequest, demand: Demand) -> None:
+        self.request = request
+        self.demand = demand
+        self.granted: Granted | None = None
+        self._charging = charging
+        self._settled = False
+
+    async def __aenter__(self) -> None:
+        self.granted = await self._charging.granted(self.request, self.demand)
+        self.request.account.open.add(self)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.settle()
 
     def settle(self) -> None:
         """Nothing is awaited here, so nothing can cut it short."""
-        settle, self._settle = self._settle, None
-        if settle is not None:
-            settle()
+        if not self._settled:
+            self._settled = True
+            self._charging.settle(self)
 
 
 class Charging:
@@ -115,18 +130,11 @@ class Charging:
             if not known.is_recent(now_us):
                 del self._remembered[scope.key]
 
-    @asynccontextmanager
-    async def charge(self, request: OpenRequest, demand: Demand) -> AsyncIterator[None]:
-        """Hold the cost of one engine request. Raises `RateLimited` and `CostAboveLimit`."""
-        granted = await self._granted(request, demand)
-        charged = _Charged(lambda: self._settle(request, demand, granted, charged))
-        request.account.open.add(charged)
-        try:
-            yield
-        finally:
-            charged.settle()
+    def charge(self, request: OpenRequest, demand: Demand) -> Charged:
+        """The cost of one engine request, to be held while it runs."""
+        return Charged(self, request, demand)
 
-    async def _granted(self, request: OpenRequest, demand: Demand) -> Granted | None:
+    async def granted(self, request: OpenRequest, demand: Demand) -> Granted | None:
         """The charge that was made; None where the tenant has no limits."""
         scopes = scopes_of(request.tenant, request.end_user)
         if not scopes:
@@ -163,7 +171,9 @@ class Charging:
             tokens = min(tokens, max(demand.prompt_tokens + 1, _smallest_token_limit(scopes, tokens)))
         return min(tokens, MOST_TOKENS_CHARGED)
 
-    def _settle(self, request: OpenRequest, demand: Demand, granted: Granted | None, charged: _Charged) -> None:
+    def settle(self, charged: Charged) -> None:
+        """Give back what was not used, and tell what was."""
+        request, demand, granted = charged.request, charged.demand, charged.granted
         account, progress = request.account, demand.progress
         account.open.discard(charged)
         account.in_engine |= progress.in_engine

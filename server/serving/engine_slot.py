@@ -53,6 +53,8 @@ class EngineSlot:
 
     async def wait(self, timeout_s: float) -> None:
         """Wait while the slot is down, `timeout_s` at most."""
+        if not self.down:
+            return
         try:
             async with asyncio.timeout(timeout_s):
                 while self.down:

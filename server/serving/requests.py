@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
@@ -246,31 +246,26 @@ class OpenRequests:
         """Let readiness say that the server is about to stop, while requests are still taken."""
         self.leaving = True
 
-    @asynccontextmanager
-    async def open(self, request: OpenRequest) -> AsyncIterator[OpenRequest]:
-        """Hold one request open. Raises `Draining` once the door is closed."""
+    def open(self, request: OpenRequest) -> _Opened:
+        """Hold one request open, inside `async with`. Entering raises `Draining` once the door is closed."""
+        return _Opened(self, request)
+
+    def take_in(self, task: asyncio.Task[Any], request: OpenRequest) -> None:
+        """Know a request by its task from now on. Raises `Draining`."""
         if self._draining:
             raise Draining(
                 "The server is restarting. Please try again in a moment.", retry_after_s=_DRAIN_RETRY_AFTER_S
             )
-        task = asyncio.current_task()
-        assert task is not None
         self._open[task] = request
         self._idle.clear()
-        token = _current.set(request)
-        try:
-            yield request
-        except asyncio.CancelledError:
-            if request.refusal is not None and task.uncancel() == 0:  # ended by `end_all`, not by the client
-                raise request.refusal from None
-            raise
-        finally:
-            _current.reset(token)
-            request.letting_go = True
-            if request.running or request.account.open:
-                await _to_its_end(self._let_go(task, request))
-            else:
-                self._forget(task)
+
+    async def let_go(self, task: asyncio.Task[Any], request: OpenRequest) -> None:
+        """End whatever still goes on for a request, and forget it."""
+        request.letting_go = True
+        if request.running or request.account.open:
+            await _to_its_end(self._let_go(task, request))
+        else:
+            self._forget(task)
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         request = self._open.pop(task)
@@ -310,6 +305,32 @@ class OpenRequests:
                 request.refusal = refusal
                 task.cancel()
         await self._idle.wait()
+
+
+class _Opened:
+    """One request while it is open. A generator for this would cost a request several times as much."""
+
+    def __init__(self, requests: OpenRequests, request: OpenRequest) -> None:
+        self._requests = requests
+        self._request = request
+
+    async def __aenter__(self) -> OpenRequest:
+        task = asyncio.current_task()
+        assert task is not None
+        self._requests.take_in(task, self._request)
+        self._task, self._token = task, _current.set(self._request)
+        return self._request
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        refusal = self._request.refusal
+        try:
+            if isinstance(error, asyncio.CancelledError) and refusal is not None and self._task.uncancel() == 0:
+                raise refusal from None  # ended by `end_all`, not by the client
+        finally:
+            _current.reset(self._token)
+            await self._requests.let_go(self._task, self._request)
 
 
 async def _to_its_end(cleanup: Coroutine[Any, Any, None]) -> None:

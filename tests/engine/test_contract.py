@@ -215,6 +215,7 @@ def test_short_work_can_be_done_by_the_renderers_blocking_functions() -> None:
         assert _parameters(blocking) == _parameters(awaited)
     assert "self._tokenize_prompt, executor=self._executor" in inspect.getsource(BaseRenderer.__init__)
     assert "self._tokenize_prompt(prompt, params)" in inspect.getsource(BaseRenderer._tokenize_singleton_prompt)
+    assert "return self.tokenizer.eos_token_id" in inspect.getsource(BaseRenderer.get_eos_token_id)
     assert "renderer_num_workers + 1" in inspect.getsource(HfRenderer.__init__)  # one tokenizer for the loop
 
 

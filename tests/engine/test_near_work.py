@@ -88,6 +88,11 @@ def test_odd_texts_are_vllms_as_well(renderers: tuple[HfRenderer, HfRenderer], t
     assert _tokens(ours, text, params, short=True) == _tokens(theirs, text, params, short=False)
 
 
+def test_the_end_of_a_text_is_marked_as_vllm_marks_it(renderers: tuple[HfRenderer, HfRenderer]) -> None:
+    theirs, ours = renderers
+    assert ours.get_eos_token_id() == theirs.get_eos_token_id() is not None
+
+
 def test_a_tokenizer_that_is_not_the_counters_stays_vllms(embedded_model: Path) -> None:
     renderer = _renderer(embedded_model)
     counter = MessageCounter(renderer.get_tokenizer(), 100)
