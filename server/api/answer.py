@@ -76,7 +76,7 @@ class OwnedResponse(Response):
             call = await self._read(receive)
             async with (
                 CancelOnDisconnect(receive) as self._client,
-                self._watched(send, state.get(SEND_BODY, send)) as self._connection,
+                self._watched(send, state.pop(SEND_BODY, send)) as self._connection,
                 self._service.requests.open(opened),
             ):
                 self._send = self._connection

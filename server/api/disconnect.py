@@ -1,8 +1,9 @@
 """Cancels the work of a request whose client has gone."""
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from starlette.types import Receive
 
@@ -13,6 +14,10 @@ from server.policy.refusals import Refusal
 _ENDS: Final = (asyncio.CancelledError, Refusal)
 
 
+def _nothing() -> None:
+    """Ends no watch."""
+
+
 class CancelOnDisconnect:
     """Inside it, a disconnect cancels the current task, once, so that its cleanup can still await.
 
@@ -21,7 +26,8 @@ class CancelOnDisconnect:
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._watcher: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._end_watch: Callable[[], object] = _nothing
         self._finished = False
         self.client_left = False
 
@@ -30,29 +36,26 @@ class CancelOnDisconnect:
 
     def leave(self) -> None:
         """Treat the client as gone."""
-        if not self._finished and not self.client_left:
+        if self._task is not None and not self._finished and not self.client_left:
             self.client_left = True
             self._task.cancel()
 
     async def __aenter__(self) -> "CancelOnDisconnect":
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
+        self._task = asyncio.current_task()
         if (exchange := exchange_of(self._receive)) is not None:
-            watch_for_leaving(exchange, self.leave)
+            self._end_watch = watch_for_leaving(exchange, self.leave)
         else:
-            self._watcher = asyncio.create_task(self._watch())
+            self._end_watch = asyncio.create_task(self._watch()).cancel
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        self._finished = True
-        if self._watcher is not None:
-            self._watcher.cancel()
-        if not self.client_left or kind is None or not issubclass(kind, _ENDS):
+        self._end_watch()
+        task, self._task, self._end_watch = self._task, None, _nothing  # the task knows what knows this
+        if task is None or not self.client_left or kind is None or not issubclass(kind, _ENDS):
             return False
-        return self._task.uncancel() == 0
+        return task.uncancel() == 0
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -19,8 +19,8 @@ def takes_a_chunk(exchange: RequestResponseCycle) -> bool:
     return bool(open_ended) and not exchange.disconnected and not exchange.flow.write_paused
 
 
-def watch_for_leaving(exchange: RequestResponseCycle, on_left: Callable[[], None]) -> None:
-    """Call `on_left` when the client goes away before it has its answer, or at once if it has gone.
+def watch_for_leaving(exchange: RequestResponseCycle, on_left: Callable[[], None]) -> Callable[[], None]:
+    """Call `on_left` when the client goes away before it has its answer, or soon if it has. Returns what ends that.
 
     This is for whoever would otherwise wait for the next message in a task of its own, with nobody else waiting. The
     exchange rings its bell whenever there is news.
@@ -30,7 +30,8 @@ def watch_for_leaving(exchange: RequestResponseCycle, on_left: Callable[[], None
     bell = _Bell(exchange, on_left)
     exchange.message_event = bell
     if exchange.disconnected:
-        asyncio.get_running_loop().call_soon(on_left)  # not in the middle of what the caller does
+        asyncio.get_running_loop().call_soon(bell.look)  # not in the middle of what the caller does
+    return bell.unhang
 
 
 class _Bell(asyncio.Event):
@@ -38,10 +39,16 @@ class _Bell(asyncio.Event):
 
     def __init__(self, exchange: RequestResponseCycle, on_left: Callable[[], None]) -> None:
         super().__init__()
-        self._exchange = exchange
-        self._on_left = on_left
+        self._watched: tuple[RequestResponseCycle, Callable[[], None]] | None = (exchange, on_left)
 
     def set(self) -> None:
         super().set()
-        if self._exchange.disconnected:
-            self._on_left()
+        self.look()
+
+    def look(self) -> None:
+        if self._watched is not None and self._watched[0].disconnected:
+            self._watched[1]()
+
+    def unhang(self) -> None:
+        """Know neither any more: the exchange knows its bell, and such a ring would wait for the garbage collector."""
+        self._watched = None

@@ -66,6 +66,7 @@ class WatchedSend:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timer.cancel()
+        del self._timer  # its context knows the request, whose shortcut knows this
 
     def _look_later(self) -> None:
         self._timer = self._loop.call_later(self._timeout_s / _LOOKS_PER_TIMEOUT, self._look)

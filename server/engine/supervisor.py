@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 _LONGEST_INTERVAL_S = 1.0
 _LOOKS_PER_TIMEOUT = 20
 _NOTICING_S = 0.2
-_NEW_OBJECTS_COLLECTED = 50_000
+_COLLECTED_AFTER = (700, 10, 100)  # Python's own: 700, 10, 10
 
 
 class Seat(Protocol):
@@ -159,12 +159,13 @@ class Supervisor:
 def settle_memory() -> None:
     """What loading left is there to stay as long as the stack: the collector need not walk it again.
 
-    A request is thousands of objects. With Python's own threshold, 700 new ones, the collector would walk all that
-    there are many times over while a burst of requests comes in, and all of them would wait for it.
+    A request is thousands of objects. By Python's own thresholds the collector would walk all that there are many times
+    over while a burst of requests comes in, and all of them would wait for it. What is new is walked as often as ever:
+    the token ids of long histories are millions, which must not come together in one walk.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_NEW_OBJECTS_COLLECTED)
+    gc.set_threshold(*_COLLECTED_AFTER)
 
 
 def forget_garbage() -> None:

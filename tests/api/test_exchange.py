@@ -1,7 +1,9 @@
 """A client that leaves, told by a real uvicorn without anybody waiting for it."""
 
 import asyncio
+import gc
 import socket
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from server.api.body import read_body
 from server.api.disconnect import CancelOnDisconnect
 from server.api.exchange import exchange_of, watch_for_leaving
+from server.api.sending import WatchedSend
 
 pytestmark = pytest.mark.anyio
 
@@ -135,3 +138,25 @@ async def test_work_for_a_client_that_leaves_is_cancelled_without_a_task_that_wa
         await asyncio.wait_for(started.wait(), 5)
         writer.close()
         await asyncio.wait_for(cancelled.wait(), 5)
+
+
+async def test_an_exchange_that_is_over_is_freed_without_the_garbage_collector() -> None:
+    watched: list[weakref.ref[Any]] = []
+
+    async def app(_: Scope, receive: Receive, send: Send) -> None:
+        watched.append(weakref.ref(exchange_of(receive)))
+        await receive()
+        async with CancelOnDisconnect(receive) as client, WatchedSend(send, send, 60, client.leave) as connection:
+            watched.append(weakref.ref(connection))
+            await connection({"type": "http.response.start", "status": 200, "headers": WHOLE})
+            client.finish()
+            await connection({"type": "http.response.body", "body": b"ok"})
+
+    gc.disable()
+    try:
+        async with served(app) as (reader, writer):
+            writer.write(request())
+            await reader.readuntil(b"ok")
+        assert [alive() for alive in watched] == [None, None]
+    finally:
+        gc.enable()
