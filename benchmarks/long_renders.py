@@ -40,9 +40,10 @@ _TIMEOUT: Final = aiohttp.ClientTimeout(total=600)
 @click.command("long-renders")
 @click.option("--model", help="Model folder or name; only its configuration and tokenizer matter. [default: embedded]")
 @click.option("--quick", is_flag=True, help="Ten histories instead of fifty: minutes.")
+@click.option("--continued", is_flag=True, help="Each history was there before, without its last turn.")
 @click.option("--pairs", type=click.IntRange(1), default=3, show_default=True, help="Pairs of turns.")
 @click.option("--json", "as_json", is_flag=True, help="Add one JSON object as the last line.")
-def command(model: str | None, quick: bool, pairs: int, as_json: bool) -> None:
+def command(model: str | None, quick: bool, continued: bool, pairs: int, as_json: bool) -> None:
     """The longest gap in running streams while fifty histories of 72,000 tokens arrive. Tidegate and plain vLLM."""
     model = model or embedded_model()
     histories = _HISTORIES // 5 if quick else _HISTORIES
@@ -54,14 +55,15 @@ def command(model: str | None, quick: bool, pairs: int, as_json: bool) -> None:
     ):
         for measured in (ours, theirs):
             measured.contender.wait_until_ready()
-            asyncio.run(_turn(measured, 1, seed=0))
+            asyncio.run(_turn(measured, 1, seed=0, continued=continued))
         for number in range(pairs):
             first, second = (ours, theirs) if number % 2 == 0 else (theirs, ours)
-            figures = {side: asyncio.run(_turn(side, histories, number + 1)) for side in (first, second)}
+            figures = {side: asyncio.run(_turn(side, histories, number + 1, continued)) for side in (first, second)}
             turns.append((figures[ours], figures[theirs]))
             say(f"pair {number + 1} of {pairs}: {figures[ours]} {figures[theirs]}")
+    named = "continued histories" if continued else "histories"
     rows = [
-        Row(f"{histories} histories", metric, [a[metric.key] for a, _ in turns], [b[metric.key] for _, b in turns])
+        Row(f"{histories} {named}", metric, [a[metric.key] for a, _ in turns], [b[metric.key] for _, b in turns])
         for metric in _METRICS
     ]
     settings = {**shown_settings(model, _FLAGS), "pairs": pairs}
@@ -72,8 +74,8 @@ def command(model: str | None, quick: bool, pairs: int, as_json: bool) -> None:
         click.echo(json.dumps({"benchmark": "long-renders", **comparison.as_dict()}))
 
 
-async def _turn(measured: Measured, histories: int, seed: int) -> dict[str, float]:
-    """Run streams until every history is answered."""
+async def _turn(measured: Measured, histories: int, seed: int, continued: bool) -> dict[str, float]:
+    """Run streams until every history is answered. `continued`: the turn before was answered without being measured."""
     url = measured.contender.url
     figures: list[dict[str, float]] = []
     answered = asyncio.Event()
@@ -87,7 +89,10 @@ async def _turn(measured: Measured, histories: int, seed: int) -> dict[str, floa
 
     with ProcessPoolExecutor(1, get_context("spawn")) as beside:
         loop = asyncio.get_running_loop()
-        bodies = [_history(1000 * seed + number) for number in range(histories)]
+        bodies = [_history(1000 * seed + number, _TURNS) for number in range(histories)]
+        if continued:
+            earlier = [_history(1000 * seed + number, _TURNS - 2) for number in range(histories)]
+            await loop.run_in_executor(beside, _answer_all, url, earlier)
         await loop.run_in_executor(beside, int)  # starts it
         streaming = asyncio.create_task(stream())
         await asyncio.sleep(_LEAD_S)
@@ -123,14 +128,14 @@ async def _answer(session: aiohttp.ClientSession, body: bytes) -> None:
         await response.read()
 
 
-def _history(seed: int) -> bytes:
-    """A request with a history that no cache has seen, as it goes over the wire."""
+def _history(seed: int, turns: int) -> bytes:
+    """A request with a history that no cache has seen, as it goes over the wire. More turns of a seed go on from it."""
     words = random.Random(seed)
     messages: Sequence[dict[str, Any]] = [
         {
             "role": "assistant" if turn % 2 else "user",
             "content": " ".join(words.choices(WORDS, k=_WORDS_PER_TURN)),
         }
-        for turn in range(_TURNS + 1)
+        for turn in range(turns + 1)
     ]
     return json.dumps({"model": MODEL_NAME, "messages": messages, "max_tokens": 1}).encode()

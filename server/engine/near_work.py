@@ -1,4 +1,4 @@
-"""Templates and tokenizers at work on short prompts, where they are asked for.
+"""Templates and tokenizers at work: on short prompts where they are asked for, on others in vLLM's threads.
 
 vLLM hands both to a thread, so that a long prompt does not hold up everybody's tokens. The way to a thread and back
 costs more than a short prompt itself, and on a busy server the thread has to wait for the interpreter besides. So short
@@ -8,7 +8,7 @@ encoding changes, so the two never meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
@@ -17,15 +17,15 @@ from vllm.inputs import TextPrompt, TokensPrompt
 from vllm.renderers import TokenizeParams
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.hf import HfRenderer
+from vllm.utils.async_utils import make_async
 
 from server.engine.counting import MessageCounter, plain_texts
+from server.engine.known_pieces import Encode, KnownPieces
 
 # A few hundred tokens: rendered and tokenized in well under a millisecond.
 _SHORT_CHARS: Final = 2048
 _MOST_MESSAGES: Final = 16
 _PROBES: Final = ("The tide is low, and rises.", "  Zwölf Boote\n\n潮水 🌊\t</s><|im_end|>")
-
-Encode = Callable[[str, bool], list[int]]
 
 _short: ContextVar[bool] = ContextVar("short_work", default=False)
 
@@ -77,7 +77,10 @@ def do_short_work_near(renderer: BaseRenderer[Any], counter: MessageCounter) -> 
         return
     renderer.__class__ = NearRenderer
     assert isinstance(renderer, NearRenderer)
-    renderer.encode, renderer.eos_token_id = encode, renderer.get_tokenizer().eos_token_id
+    tokenizer: Any = renderer.get_tokenizer()
+    renderer.eos_token_id = tokenizer.eos_token_id
+    renderer.encode = KnownPieces(encode, tokenizer.added_tokens_decoder)
+    renderer._tokenize_prompt_async = make_async(renderer._tokenize_prompt, executor=renderer._executor)
 
 
 def _encodes_alike(tokenizer: Any, encode: Encode) -> bool:

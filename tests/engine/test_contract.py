@@ -204,7 +204,7 @@ def test_a_detokenizer_begins_with_a_stream_that_can_be_another() -> None:
 
 
 def test_short_work_can_be_done_by_the_renderers_blocking_functions() -> None:
-    """They do what those for the loop do, and call a function of ours. What goes to the thread was bound before."""
+    """They do what those for the loop do, and call a function of ours. What goes to the thread is bound again."""
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.hf import HfRenderer
 

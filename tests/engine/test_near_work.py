@@ -67,7 +67,8 @@ def test_short_work_needs_no_thread(renderers: tuple[HfRenderer, HfRenderer], mo
     _tokens(ours, "Hi", params, short=True)
     assert seen == [threading.get_ident()] * 2
     _tokens(ours, "Hi", params, short=False)
-    assert len(seen) == 2
+    assert len(seen) == 4
+    assert threading.get_ident() not in seen[2:]
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,14 +79,18 @@ def test_the_tokens_are_vllms(
     """Texts that are too long or no Unicode are refused in its words as well."""
     theirs, ours = renderers
     params = TokenizeParams(max_total_tokens=limit, add_special_tokens=special)
-    assert _tokens(ours, text, params, short=True) == _tokens(theirs, text, params, short=True)
+    expected = _tokens(theirs, text, params, short=True)
+    assert _tokens(ours, text, params, short=True) == expected
+    assert _tokens(ours, text, params, short=False) == expected
 
 
 @pytest.mark.parametrize("text", ["\ud800", "<|im_end|> and so on", "a" * 5000])
 def test_odd_texts_are_vllms_as_well(renderers: tuple[HfRenderer, HfRenderer], text: str) -> None:
     theirs, ours = renderers
     params = TokenizeParams(max_total_tokens=_LIMIT, add_special_tokens=False)
-    assert _tokens(ours, text, params, short=True) == _tokens(theirs, text, params, short=False)
+    expected = _tokens(theirs, text, params, short=False)
+    assert _tokens(ours, text, params, short=True) == expected
+    assert _tokens(ours, text, params, short=False) == expected
 
 
 def test_the_end_of_a_text_is_marked_as_vllm_marks_it(renderers: tuple[HfRenderer, HfRenderer]) -> None:
