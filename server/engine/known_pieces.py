@@ -22,29 +22,20 @@ _LEAST_MESSAGES: Final = 2
 
 
 class KnownPieces:
-    """The token ids of a text, as `encode` gives them. May be called in several threads.
-
-    Pieces are kept in two dictionaries: when the recent one is full it becomes the older one, and what is not asked for
-    again goes with that.
-    """
+    """The token ids of a text, as `encode` gives them. May be called in several threads."""
 
     def __init__(self, encode: Encode, added_tokens: Mapping[int, Any], most_tokens: int = _MOST_TOKENS) -> None:
         self._encode = encode
         self._added = {token.content: (token_id, token) for token_id, token in added_tokens.items()}
-        self._boundary: tuple[str, int] | None = None
+        self._most_tokens = most_tokens
+        self._pieces: Pieces | None = None
         self._looks_left = _TEXTS_LOOKED_AT
-        self._half = most_tokens // 2
-        self._tokens = 0  # in the recent ones
-        self._recent: dict[str, array[int]] = {}
-        self._older: dict[str, array[int]] = {}
 
     def __call__(self, text: str, special: bool) -> list[int]:
         """The ids; `special`: with the tokens that the tokenizer puts around every text."""
-        if special:
-            return self._encode(text, True)
-        if self._boundary is None:
-            return self._looked_at(text) if self._looks_left else self._encode(text, False)
-        return self._pieced(text, *self._boundary)
+        if special or (self._pieces is None and not self._looks_left):
+            return self._encode(text, special)
+        return self._looked_at(text) if self._pieces is None else self._pieces.token_ids(text)
 
     def _looked_at(self, text: str) -> list[int]:
         """Find out which token begins a message: the most frequent one that may be cut at, of these the first."""
@@ -54,15 +45,38 @@ class KnownPieces:
         often = [content for content, count in counts.items() if count >= _LEAST_MESSAGES]
         for content in sorted(often, key=lambda content: (-counts[content], text.find(content))):
             token_id, token = self._added[content]
-            new_and_known = (self._pieced(text, content, token_id) for _ in range(2))
-            if may_be_cut_at(token, self._added) and all(pieced == token_ids for pieced in new_and_known):
-                self._boundary = content, token_id
+            if not may_be_cut_at(token, self._added):
+                continue
+            pieces = Pieces(self._encode, content, token_id, self._most_tokens)
+            if all(pieces.token_ids(text) == token_ids for _ in ("new", "known")):
+                self._pieces = pieces
                 break
-            self._recent.clear()
         return token_ids
 
-    def _pieced(self, text: str, boundary: str, boundary_id: int) -> list[int]:
-        before, *rest = text.split(boundary)
+
+class Pieces:
+    """The token ids of texts that are cut in front of one token, the `boundary`. May be called in several threads.
+
+    Pieces are kept in two dictionaries: when the recent one is full it becomes the older one, and what is not asked for
+    again goes with that.
+    """
+
+    def __init__(self, encode: Encode, boundary: str, boundary_id: int, most_tokens: int) -> None:
+        self._encode = encode
+        self._boundary = boundary
+        self._boundary_id = boundary_id
+        self._half = most_tokens // 2
+        self._tokens = 0  # in the recent ones
+        self._recent: dict[str, array[int]] = {}
+        self._older: dict[str, array[int]] = {}
+
+    def __len__(self) -> int:
+        """How many tokens are kept."""
+        return sum(map(len, self._recent.values())) + sum(map(len, self._older.values()))
+
+    def token_ids(self, text: str) -> list[int]:
+        """The ids of a text without special tokens around it."""
+        before, *rest = text.split(self._boundary)
         token_ids = self._encode(before, False) if before else []
         new: list[str] = []
         for piece in rest:
@@ -70,15 +84,15 @@ class KnownPieces:
                 new.append(piece)
                 continue
             if new:
-                token_ids += self._encoded(new, boundary, boundary_id)
+                token_ids += self._encoded(new)
                 new = []
             token_ids += known
-        return token_ids + self._encoded(new, boundary, boundary_id) if new else token_ids
+        return token_ids + self._encoded(new) if new else token_ids
 
-    def _encoded(self, pieces: list[str], boundary: str, boundary_id: int) -> list[int]:
+    def _encoded(self, pieces: list[str]) -> list[int]:
         """The ids of pieces that follow each other, which are kept."""
-        token_ids = self._encode(boundary + boundary.join(pieces), False)
-        starts = [i for i, token_id in enumerate(token_ids) if token_id == boundary_id]
+        token_ids = self._encode(self._boundary + self._boundary.join(pieces), False)
+        starts = [i for i, token_id in enumerate(token_ids) if token_id == self._boundary_id]
         if len(starts) == len(pieces):
             for piece, start, end in zip(pieces, starts, [*starts[1:], len(token_ids)], strict=True):
                 self._keep(piece, array("I", token_ids[start:end]))

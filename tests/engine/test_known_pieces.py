@@ -1,3 +1,5 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +90,8 @@ def test_what_is_kept_is_bounded(tokenizer: Tokenizer) -> None:
     pieces = pieces_of(tokenizer, most_tokens=1000)
     for number in range(500):
         pieces(text_of([("user", f"{number} boats and some more words")]), False)
-    kept = [*pieces._recent.values(), *pieces._older.values()]
-    assert sum(map(len, kept)) < 1100
+    assert pieces._pieces is not None
+    assert 500 <= len(pieces._pieces) < 1100
 
 
 def test_pieces_that_are_asked_for_again_stay(tokenizer: Tokenizer) -> None:
@@ -162,3 +164,24 @@ def test_without_a_token_between_messages_texts_stay_whole() -> None:
     for text in texts:
         pieces(text, False)
     assert asked == texts
+
+
+def test_threads_that_look_for_the_token_at_the_same_time_do_not_mix_what_they_cut() -> None:
+    """One text has more of one token, the other of another."""
+    tokenizer = made(special("<s>"), special("<e>"))
+    texts = ["<s>a<s>b<s>c<e>a<e>b", "<e>a<e>b<e>c<s>a<s>b"]
+    both_look = threading.Barrier(2)
+    encode, looked = encode_of(tokenizer), threading.local()
+
+    def meeting(text: str, special: bool) -> list[int]:
+        if not getattr(looked, "once", False):
+            looked.once = True
+            both_look.wait(5)
+        return encode(text, special)
+
+    pieces = KnownPieces(meeting, tokenizer.get_added_tokens_decoder())
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda text: pieces(text, False), texts)) == [encode(text, False) for text in texts]
+    looked.once = True
+    for text in texts:
+        assert pieces(text, False) == encode(text, False)
