@@ -65,12 +65,12 @@ class EngineFigures:
     def _tell(self, engine_index: int, scheduled: SchedulerStats, part: StepPart) -> None:
         now_s = self._clock()
         waiting = scheduled.num_waiting_reqs + scheduled.num_skipped_waiting_reqs
-        self._latest[engine_index] = (scheduled.num_running_reqs, waiting, scheduled.kv_cache_usage)
-        running, waiting, usage = (sum(values) for values in zip(*self._latest.values(), strict=True))
+        self._latest[engine_index] = latest = (scheduled.num_running_reqs, waiting, scheduled.kv_cache_usage)
+        running, waiting, usage = latest if len(self._latest) == 1 else self._of_all_engines()
         step = Step(
-            running=int(running),
-            waiting=int(waiting),
-            kv_usage_ratio=usage / len(self._latest),
+            running=running,
+            waiting=waiting,
+            kv_usage_ratio=usage,
             preemptions=part.preempted,
             itl_s=part.gaps_s / part.gaps if part.gaps else None,
             prefilled_tokens=part.computed,
@@ -81,6 +81,11 @@ class EngineFigures:
         )
         self._last_s = now_s if running or waiting else None
         self._listener(step)
+
+    def _of_all_engines(self) -> tuple[int, int, float]:
+        """The sequences that run and that wait, and the mean use of the caches."""
+        running, waiting, usage = zip(*self._latest.values(), strict=True)
+        return sum(running), sum(waiting), sum(usage) / len(usage)
 
     def _duration_s(self, now_s: float, first_token_s: float | None) -> float:
         """Since the previous step; after a pause, since the request that ended it arrived."""

@@ -98,7 +98,8 @@ class Rates:
             decode += _RATE_WEIGHT * (step.generated_tokens / step.duration_s - decode)
         pending_s = self.pending_prefill_s + step.duration_s if step.prefilling else self.pending_prefill_s
         if not step.prefilled_tokens or not pending_s:
-            return replace(self, decode_tokens_per_s=decode, pending_prefill_s=pending_s)
+            # By its positions: `replace` looks at every field of it, in every step.
+            return Rates(self.prefill_tokens, self.prefill_s, decode, self.residence_s, self.ended, pending_s)
         least_s = _TELLING_STEPS * unloaded.tpot_s if unloaded else 0.0
         if step.prefilled_tokens < _TELLING_TOKENS or pending_s < least_s:
             return replace(self, decode_tokens_per_s=decode, pending_prefill_s=0.0)

@@ -15,6 +15,7 @@ KV_SHARE: Final = 0.95
 _FIRST_GROWTH: Final = 0.7
 _LEAST_GROWTH: Final = 0.1
 _DECAY_STEPS: Final = 600
+_DECAY: Final = (_FIRST_GROWTH - _LEAST_GROWTH) / _DECAY_STEPS
 _USE_WEIGHT: Final = 0.05
 # Clients that name no cap could take the whole window. Until answers have shown how long they are, nobody is expected
 # to write more than this.
@@ -74,9 +75,8 @@ class Growth:
 
     def stepped(self, preemptions: int) -> "Growth":
         """After one engine step."""
-        if preemptions:
-            return replace(self, ratio=_FIRST_GROWTH)
-        return replace(self, ratio=max(_LEAST_GROWTH, self.ratio - (_FIRST_GROWTH - _LEAST_GROWTH) / _DECAY_STEPS))
+        ratio = _FIRST_GROWTH if preemptions else max(_LEAST_GROWTH, self.ratio - _DECAY)
+        return self if ratio == self.ratio else Growth(ratio, self.used)
 
     def finished(self, completion_tokens: int, max_tokens: int, mean_max_tokens: float) -> "Growth":
         """After a request that could have used `max_tokens`; `mean_max_tokens` is the usual cap."""

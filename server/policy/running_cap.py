@@ -84,8 +84,10 @@ class RunningCap:
         usual = self.usual or float(self.limit)
         if running >= _REACHED * min(self.limit, usual):
             usual += _USUAL_WEIGHT * (self.limit - usual)
-        cap = replace(self, itl_s=smoothed, steps_to_settle=max(0, self.steps_to_settle - 1), usual=usual)
-        if cap.steps_to_settle:
+        to_settle = max(0, self.steps_to_settle - 1)
+        # By its positions: `replace` looks at every field of it, in every step.
+        cap = RunningCap(self.limit, self.most, self.least, smoothed, self.starting, to_settle, usual)
+        if to_settle:
             return cap
         aim_s = (_CAREFUL if careful else 1.0) * tpot_slo_s
         if smoothed > _HIGH_WATER * aim_s and running <= self.limit <= 2 * running:
