@@ -9,6 +9,7 @@ By default vLLM binds an engine's threads to cores, the same ones for every engi
 during its turn.
 """
 
+import hashlib
 import os
 import signal
 import socket
@@ -35,6 +36,13 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     KV_CACHE_VARIABLE: "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+KEY: Final = "tg-benchmark-0123456789abcdef"
+# Limits that are counted with each request and never met.
+_TENANT: Final = f"""
+[tenants.bench]
+keys = [{{ sha256 = "{hashlib.sha256(KEY.encode()).hexdigest()}" }}]
+limits = {{ requests_per_minute = 10_000_000, tokens_per_minute = 1_000_000_000, concurrency = 10_000 }}
+"""
 FLAGS: Final = ("--enforce-eager", "--max-model-len", "2048")
 
 _READY_TIMEOUT_S: Final = 600.0
@@ -160,6 +168,15 @@ def started(kind: Kind, model: str, flags: Sequence[str]) -> Iterator[Contender]
             yield contender
         finally:
             contender.stop()
+
+
+@contextmanager
+def limited_tenant() -> Iterator[list[str]]:
+    """The flags with which Tidegate knows a tenant by `KEY`, and counts its requests and tokens."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        tenants = Path(folder) / "tenants.toml"
+        tenants.write_text(_TENANT, encoding="utf-8")
+        yield ["--tenants-file", str(tenants)]
 
 
 def spawned(command: Sequence[str], log_file: Path, surroundings: Mapping[str, str]) -> subprocess.Popen[bytes]:

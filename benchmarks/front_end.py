@@ -17,12 +17,14 @@ from benchmarks import instant_engine, load, several_front_ends
 from benchmarks.command import embedded_model
 from benchmarks.comparison import Comparison, Metric, Row, say
 from benchmarks.contenders import (
+    KEY,
     MODEL_NAME,
     PLAIN,
     TIDEGATE,
     Contender,
     ContenderFailed,
     Kind,
+    limited_tenant,
     shown_settings,
     started,
     variables_set,
@@ -102,7 +104,10 @@ def command(
     rows: list[Row] = []
     for steps_per_s, works in _works(quick=quick).items():
         with ExitStack() as stack:
-            ours = stack.enter_context(instant(first, model, steps_per_s, () if noise else flags))
+            limited = [] if noise else stack.enter_context(limited_tenant())
+            ours = stack.enter_context(instant(first, model, steps_per_s, () if noise else [*limited, *flags]))
+            if not noise:
+                ours = replace(ours, contender=replace(ours.contender, key=KEY))
             theirs = stack.enter_context(instant(PLAIN, model, steps_per_s, ()))
             for measured in (ours, theirs):
                 measured.contender.wait_until_ready()
@@ -110,7 +115,8 @@ def command(
                 rows += _measure(work, ours, theirs, pairs)
     settings = {**shown_settings(model, _ENGINE_FLAGS), "tidegate_flags": flags, "pairs": pairs}
     note = "The engine's stand-in is not counted. Its steps: 25 a second, or as many as there are tokens to take."
-    comparison = Comparison((first.name, PLAIN.name), settings, rows, [note])
+    limits = "Tidegate counts a tenant's limits in Redis, and nothing is refused."
+    comparison = Comparison((first.name, PLAIN.name), settings, rows, [note, limits])
     comparison.print()
     if as_json:
         click.echo(json.dumps({"benchmark": "front-end", **_headline(rows), **comparison.as_dict()}))
@@ -188,7 +194,7 @@ def _measure(work: Work, ours: Measured, theirs: Measured, pairs: int) -> list[R
 
 def _turn(measured: Measured, work: Load) -> dict[str, float]:
     before_s = measured.cpu_s()
-    figures = asyncio.run(load.run(measured.contender.url, MODEL_NAME, work))
+    figures = asyncio.run(load.run(measured.contender.url, MODEL_NAME, work, measured.contender.key))
     used_us = (measured.cpu_s() - before_s) * 1e6
     figures[_CPU.key] = used_us / (work.requests * work.max_tokens)
     figures[_REQUEST_CPU.key] = used_us / work.requests

@@ -5,13 +5,10 @@ two engines; the prompts of its turns are others, since that engine's prefix cac
 """
 
 import asyncio
-import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -20,12 +17,14 @@ from benchmarks import litellm_proxy, load
 from benchmarks.command import embedded_model
 from benchmarks.comparison import Metric, machine, say
 from benchmarks.contenders import (
+    KEY,
     MODEL_NAME,
     PLAIN,
     TIDEGATE,
     Contender,
     ContenderFailed,
     Kind,
+    limited_tenant,
     shown_settings,
     started,
     variables_set,
@@ -47,13 +46,6 @@ _OTHER_PROMPTS: Final = 10**6
 # vLLM closes a connection that rests for 5 s, and the proxy then fails now and then: it takes an old connection for a
 # good one, and when it is saturated it is still reading an answer that vLLM has long sent.
 _PATIENT: Final = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
-_KEY: Final = "tg-benchmark-0123456789abcdef"
-# Limits that are counted with each request and never met.
-_TENANT: Final = f"""
-[tenants.bench]
-keys = [{{ sha256 = "{hashlib.sha256(_KEY.encode()).hexdigest()}" }}]
-limits = {{ requests_per_minute = 10_000_000, tokens_per_minute = 1_000_000_000, concurrency = 10_000 }}
-"""
 _NOTE: Final = (
     "Medians of all rounds; intervals hold the true median of the ratios with at least 90% confidence. ↑ higher is "
     "better, ↓ lower is better. The front-end of LiteLLM is the proxy and vLLM's own together."
@@ -94,8 +86,7 @@ def instant_works(*, quick: bool) -> list[Work]:
 @contextmanager
 def _entrants(model: str, flags: Sequence[str], workers: int, *, no_engine: bool) -> Iterator[list[Entrant]]:
     with ExitStack() as stack, variables_set(_PATIENT):
-        tenants = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-"))) / "tenants.toml"
-        tenants.write_text(_TENANT, encoding="utf-8")
+        limited = stack.enter_context(limited_tenant())
 
         def serving(kind: Kind, given: Sequence[str]) -> Entrant:
             if no_engine:
@@ -104,12 +95,12 @@ def _entrants(model: str, flags: Sequence[str], workers: int, *, no_engine: bool
             contender = stack.enter_context(started(kind, model, given))
             return Entrant(contender, contender.front_cpu_s)
 
-        plain, ours = serving(PLAIN, flags), serving(TIDEGATE, [*flags, "--tenants-file", str(tenants)])
+        plain, ours = serving(PLAIN, flags), serving(TIDEGATE, [*flags, *limited])
         proxy = stack.enter_context(litellm_proxy.proxied(plain.contender, workers))
         entrants = [
             plain,
             Entrant(proxy, lambda: proxy.total_cpu_s() + plain.cpu_s(), _OTHER_PROMPTS),
-            replace(ours, contender=replace(ours.contender, key=_KEY)),
+            replace(ours, contender=replace(ours.contender, key=KEY)),
         ]
         for entrant in entrants:
             ready_s = entrant.contender.wait_until_ready()

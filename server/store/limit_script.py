@@ -1,4 +1,4 @@
-"""The calls of `limits.lua`, each one round trip."""
+"""The operations of `limits.lua`. Those that are asked for while a call is under way share the next one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,12 @@ from hashlib import sha1
 from importlib.resources import files
 from typing import Any, Final
 
+from redis.asyncio import RedisCluster
 from redis.exceptions import NoScriptError
 
 from server.policy.limits import LIMIT_NAMES, Cost, Moment, Moments, Refused, Scope, limit_of
 from server.store.connection import Client
+from server.store.joined_calls import Asked, JoinedCalls, Word, alone, one_place, tag_of
 from server.store.usage import UsageEntry
 
 _PREFIX: Final = "tidegate"
@@ -41,40 +43,49 @@ class LimitScript:
         self._client = client
         self._source = files(__package__).joinpath("limits.lua").read_text(encoding="utf-8")
         self._sha = sha1(self._source.encode(), usedforsecurity=False).hexdigest()
+        # What a cluster keeps in different places cannot share a call.
+        self._calls = JoinedCalls(self._run, tag_of if isinstance(client, RedisCluster) else one_place)
 
-    async def charge(self, scopes: Sequence[Scope], cost: Cost, lease: str | None) -> Answer:
-        arguments: list[str | int] = ["charge", lease or "", cost.requests, cost.tokens, *_limits(scopes)]
-        reply = [int(number) for number in (await self._run(_keys(scopes), arguments)).split()]
-        granted, scope, limit, wait_us, now_us = reply[:_FIRST_MOMENT]
-        refused = None if granted else Refused(scopes[scope - 1], LIMIT_NAMES[limit - 1], wait_us)
-        return Answer(refused, now_us, tuple(_moments(reply, number) for number in range(len(scopes))))
+    def charge(self, scopes: Sequence[Scope], cost: Cost, lease: str | None) -> Asked[Answer]:
+        """Ask at once; the answer is awaited. What was asked for before is done before."""
 
-    async def settle(
+        def answer(reply: bytes) -> Answer:
+            numbers = [int(number) for number in reply.split()]
+            granted, scope, limit, wait_us, now_us = numbers[:_FIRST_MOMENT]
+            refused = None if granted else Refused(scopes[scope - 1], LIMIT_NAMES[limit - 1], wait_us)
+            return Answer(refused, now_us, tuple(_moments(numbers, number) for number in range(len(scopes))))
+
+        words: list[Word] = ["charge", lease or "", cost.requests, cost.tokens, *_limits(scopes)]
+        return self._calls.ask(_keys(scopes), words, answer)
+
+    def settle(
         self, scopes: Sequence[Scope], change: Cost, lease: str | None, usage: UsageEntry | None, name: str
-    ) -> None:
+    ) -> Asked[None]:
         """Done once for each `name`, however often it is asked for within ten minutes."""
         keys = _keys(scopes)
-        arguments: list[str | int] = ["settle", lease or "", change.requests, change.tokens, len(scopes)]
-        arguments += _limits(scopes)
+        words: list[Word] = ["settle", lease or "", change.requests, change.tokens, len(scopes), *_limits(scopes)]
         if usage is not None:
             keys += usage.keys
-            arguments += usage.arguments
-        await self._run([*keys, f"{keys[0]}:told:{name}"], arguments)
+            words += usage.arguments
+        return self._calls.ask([*keys, f"{keys[0]}:told:{name}"], words, lambda _: None)
 
     async def renew(self, key: str, leases: Sequence[str]) -> None:
-        await self._run([key], ["renew", *leases])
+        await self._run([key], alone([key], ["renew", *leases]))
 
     async def alive(self, replica: str, ttl_us: int) -> int:
-        """Say that a replica lives, and hear how many do."""
-        count: int = await self._run([_REPLICAS], ["alive", replica, ttl_us])
+        """Say that a replica lives, and hear how many do. Waits for no other call."""
+        count: int
+        (count,) = await self._run([_REPLICAS], alone([_REPLICAS], ["alive", replica, ttl_us]))
         return count
 
-    async def _run(self, keys: Sequence[str], arguments: Sequence[str | int]) -> Any:
+    async def _run(self, keys: Sequence[str], words: Sequence[Word]) -> list[Any]:
         """By its hash; in full where Redis does not know it: it has restarted, or another one took over."""
+        answers: list[Any]
         try:
-            return await self._client.evalsha(self._sha, len(keys), *keys, *arguments)
+            answers = await self._client.evalsha(self._sha, len(keys), *keys, *words)
         except NoScriptError:
-            return await self._client.eval(self._source, len(keys), *keys, *arguments)
+            answers = await self._client.eval(self._source, len(keys), *keys, *words)
+        return answers
 
 
 def _keys(scopes: Sequence[Scope]) -> list[str]:

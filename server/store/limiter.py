@@ -8,7 +8,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from server.policy.limits import Cost, Moments, Refused, Scope
 from server.store.beats import until_beat
 from server.store.connection import FAILURES, TIMEOUT_S
 from server.store.ending import ended
+from server.store.joined_calls import Asked
 from server.store.limit_script import Answer, LimitScript, leases_key
 from server.store.local_limits import LocalLimits
 from server.store.usage import UsageEntry
@@ -32,13 +33,10 @@ _MOST_FAILURES: Final = 3
 # Redis answers in well under a millisecond. After this long a request waits on only while few others do.
 _PATIENCE_S: Final = 0.015
 _TURNS_TO_READ: Final = 3
-_BEHIND_SETTLES_S: Final = 0.005
 _PROBE_INTERVAL_S: Final = 2.0
 _ALIVE_TTL_US: Final = 15_000_000
 _HEARTBEAT_S: Final = 20.0
 _SETTLES_KEPT: Final = 50_000
-# Each needs a connection, and many that are opened at the same moment hold up one another.
-_AT_ONCE: Final = 8
 _LAST_SETTLES_S: Final = 1.0
 
 
@@ -102,10 +100,8 @@ class Limiter:
         self._replicas = 1
         self._leases: dict[str, tuple[Scope, ...]] = {}
         self._pending: deque[_Settle] = deque(maxlen=_SETTLES_KEPT)
-        self._settling: dict[str, set[asyncio.Task[None]]] = {}
-        self._abandoned: set[asyncio.Task[Answer]] = set()
-        self._charging = asyncio.Semaphore(_AT_ONCE)
-        self._telling = asyncio.Semaphore(_AT_ONCE)
+        self._settling: set[asyncio.Future[None]] = set()
+        self._abandoned: set[asyncio.Future[Answer]] = set()
         self._lost = asyncio.Event()
 
     @property
@@ -120,7 +116,7 @@ class Limiter:
     @property
     def untold(self) -> int:
         """How many settles Redis has not confirmed yet."""
-        return sum(map(len, self._settling.values())) + len(self._pending) + len(self._abandoned)
+        return len(self._settling) + len(self._pending) + len(self._abandoned)
 
     async def charge(self, charge: Charge) -> Granted | Denied:
         """Charge every scope, or none."""
@@ -157,27 +153,25 @@ class Limiter:
             yield
         finally:
             await ended(tending)
-            open_settles = {task for tasks in self._settling.values() for task in tasks}
-            if open_settles:
-                await asyncio.wait(open_settles, timeout=_LAST_SETTLES_S)
+            if self._settling:
+                await asyncio.wait(self._settling, timeout=_LAST_SETTLES_S)
 
     def _may_ask(self) -> bool:
         return self._failures + self._patient < _MOST_FAILURES
 
     async def _in_redis(self, charge: Charge) -> Granted | Denied | None:
         """Redis's verdict, or None where it has none to give in time."""
-        await self._behind_settles(charge.scopes)
-        asking = asyncio.create_task(self._ask(charge))
+        asked = self._script.charge(charge.scopes, charge.cost, charge.lease)
         try:
-            await self._wait_for(asking)
+            await self._wait_for(asked.answer)
         except asyncio.CancelledError:
-            self._abandon(asking, charge)
+            self._abandon(asked, charge)
             raise
-        if not asking.done():
-            self._abandon(asking, charge)
+        if not asked.answer.done():
+            self._abandon(asked, charge)
             return None
         try:
-            answer = asking.result()
+            answer = asked.answer.result()
         except FAILURES as error:
             self._failed(error)
             return None
@@ -189,33 +183,31 @@ class Limiter:
             return Denied(charge.scopes, answer.refused, answer.now_us, answer.moments)
         return Granted(charge, answer.now_us, answer.moments)
 
-    async def _ask(self, charge: Charge) -> Answer:
-        async with self._charging:
-            return await self._script.charge(charge.scopes, charge.cost, charge.lease)
-
-    async def _wait_for(self, asking: "asyncio.Task[Answer]") -> None:
+    async def _wait_for(self, answer: "asyncio.Future[Answer]") -> None:
         """Wait a little; then to the end, if that is not more than the failures that are still allowed."""
-        if await _done(asking, _PATIENCE_S) or not self._may_ask():
+        if await _done(answer, _PATIENCE_S) or not self._may_ask():
             return
         self._patient += 1
         try:
-            answered = await _done(asking, self._timeout_s - _PATIENCE_S)
+            answered = await _done(answer, self._timeout_s - _PATIENCE_S)
         finally:
             self._patient -= 1
         if not answered:
             self._failed(TimeoutError(f"no answer in {self._timeout_s * 1000:.0f} ms"))
 
-    def _abandon(self, asking: "asyncio.Task[Answer]", charge: Charge) -> None:
+    def _abandon(self, asked: Asked[Answer], charge: Charge) -> None:
         """Nobody waits for this answer any more. If the charge is made after all, it is taken back."""
+        if asked.withdraw():
+            return
 
-        def take_back(task: "asyncio.Task[Answer]") -> None:
-            self._abandoned.discard(task)
-            if task.cancelled() or task.exception() is not None or task.result().refused is not None:
+        def take_back(answer: "asyncio.Future[Answer]") -> None:
+            self._abandoned.discard(answer)
+            if answer.cancelled() or answer.exception() is not None or answer.result().refused is not None:
                 return
             self._tell(_Settle(charge.scopes, Cost() - charge.cost, charge.lease))
 
-        self._abandoned.add(asking)
-        asking.add_done_callback(take_back)
+        self._abandoned.add(asked.answer)
+        asked.answer.add_done_callback(take_back)
 
     def _here(self, charge: Charge) -> Granted | Denied:
         """Decide alone. While Redis is there and only slow, it is told at once."""
@@ -232,35 +224,22 @@ class Limiter:
         self._tell(_Settle(charge.scopes, charge.cost))
         return Granted(charge, now_us, moments)
 
-    async def _behind_settles(self, scopes: Sequence[Scope]) -> None:
-        """Let what these scopes got back reach Redis first: the next request counts on it."""
-        ahead = {task for scope in scopes for task in self._settling.get(scope.key, ())}
-        if ahead:
-            await asyncio.wait(ahead, timeout=_BEHIND_SETTLES_S)
-
     def _tell(self, settle: _Settle) -> None:
         if settle.change == Cost() and settle.lease is None and settle.usage is None:
             return
         if self.mode == "local":
             self._pending.append(settle)
             return
-        task = asyncio.create_task(self._settle(settle))
-        for key in {scope.key for scope in settle.scopes} or {""}:
-            self._settling.setdefault(key, set()).add(task)
-            task.add_done_callback(partial(self._settled, key))
+        answer = self._script.settle(settle.scopes, settle.change, settle.lease, settle.usage, settle.name).answer
+        self._settling.add(answer)
+        answer.add_done_callback(partial(self._settled, settle))
 
-    def _settled(self, key: str, task: "asyncio.Task[None]") -> None:
-        tasks = self._settling[key]
-        tasks.discard(task)
-        if not tasks:
-            del self._settling[key]
-
-    async def _settle(self, settle: _Settle) -> None:
-        try:
-            async with self._telling:
-                await self._script.settle(settle.scopes, settle.change, settle.lease, settle.usage, settle.name)
-        except FAILURES as error:
+    def _settled(self, settle: _Settle, answer: "asyncio.Future[None]") -> None:
+        self._settling.discard(answer)
+        error = None if answer.cancelled() else answer.exception()
+        if error is not None or answer.cancelled():
             self._pending.append(settle)
+        if isinstance(error, Exception):
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
@@ -313,14 +292,14 @@ class Limiter:
                     await self._script.renew(key, leases)
 
 
-async def _done(task: "asyncio.Task[Any]", timeout_s: float) -> bool:
-    """Whether a task ends in time. When the loop itself was held up, what arrived meanwhile is read first."""
-    await asyncio.wait({task}, timeout=timeout_s)
+async def _done(answer: "asyncio.Future[Any]", timeout_s: float) -> bool:
+    """Whether an answer comes in time. When the loop itself was held up, what arrived meanwhile is read first."""
+    await asyncio.wait({answer}, timeout=timeout_s)
     for _ in range(_TURNS_TO_READ):
-        if task.done():
+        if answer.done():
             break
         await asyncio.sleep(0)
-    return task.done()
+    return answer.done()
 
 
 def clock_us() -> int:

@@ -78,18 +78,18 @@ local function trim(key, now, longest)
 end
 
 -- The limits of scope number `scope`, 0 where there is none; four for each scope, behind the arguments `before`.
-local function limits_of(before, scope)
+local function limits_of(args, before, scope)
   local limits = {}
-  for i = 1, 4 do limits[i] = tonumber(ARGV[before + 4 * (scope - 1) + i]) end
+  for i = 1, 4 do limits[i] = tonumber(args[before + 4 * (scope - 1) + i]) end
   return limits
 end
 
 -- charge LEASE REQUESTS TOKENS LIMITS...   KEYS: bucket and leases of each scope
 -- Answers with numbers in one string, which a client reads ten times faster than a list of them:
 -- granted scope limit wait_us now_us, then the moments of each scope as us and rest
-local function charge()
+local function charge(keys, args)
   local now = now_us()
-  local lease, cost = ARGV[2], {requests = tonumber(ARGV[3]), tokens = tonumber(ARGV[4])}
+  local lease, cost = args[2], {requests = tonumber(args[3]), tokens = tonumber(args[4])}
   local answer = {1, 0, 0, 0, now}
   local before, after = {}, {}
   local function refuse(scope, limit, wait)
@@ -97,8 +97,8 @@ local function charge()
       answer[1], answer[2], answer[3], answer[4] = 0, scope, limit, wait
     end
   end
-  for scope = 1, #KEYS / 2 do
-    local limits, moments, shift = limits_of(4, scope), read(KEYS[2 * scope - 1], now), {}
+  for scope = 1, #keys / 2 do
+    local limits, moments, shift = limits_of(args, 4, scope), read(keys[2 * scope - 1], now), {}
     for rate = 1, 3 do
       shift[rate] = moments[rate]
       local amount = cost[UNIT[rate]]
@@ -110,17 +110,17 @@ local function charge()
       end
     end
     if limits[4] > 0 and lease ~= '' then
-      trim(KEYS[2 * scope], now, LEASE_US)
-      if redis.call('ZCARD', KEYS[2 * scope]) >= limits[4] then refuse(scope, 4, CONCURRENCY_WAIT_US) end
+      trim(keys[2 * scope], now, LEASE_US)
+      if redis.call('ZCARD', keys[2 * scope]) >= limits[4] then refuse(scope, 4, CONCURRENCY_WAIT_US) end
     end
     before[scope], after[scope] = moments, shift
   end
-  for scope = 1, #KEYS / 2 do
+  for scope = 1, #keys / 2 do
     if answer[1] == 1 then
-      write(KEYS[2 * scope - 1], after[scope], now)
-      if limits_of(4, scope)[4] > 0 and lease ~= '' then
-        redis.call('ZADD', KEYS[2 * scope], text(now + LEASE_US), lease)
-        redis.call('PEXPIRE', KEYS[2 * scope], text(LEASE_US / 1000))
+      write(keys[2 * scope - 1], after[scope], now)
+      if limits_of(args, 4, scope)[4] > 0 and lease ~= '' then
+        redis.call('ZADD', keys[2 * scope], text(now + LEASE_US), lease)
+        redis.call('PEXPIRE', keys[2 * scope], text(LEASE_US / 1000))
       end
     end
     local shown = answer[1] == 1 and after[scope] or before[scope]
@@ -136,51 +136,61 @@ end
 -- settle LEASE REQUESTS TOKENS SCOPES LIMITS... [MODEL DAY_S MONTH_S REQUESTS PROMPT CACHED COMPLETION]
 -- KEYS: bucket and leases of each scope, then the usage of the day and of the month, then this settle's own name: who
 -- has no answer says it again, and may have been heard the first time
-local function settle()
-  if not redis.call('SET', KEYS[#KEYS], 1, 'NX', 'PX', TOLD_MS) then return 0 end
+local function settle(keys, args)
+  if not redis.call('SET', keys[#keys], 1, 'NX', 'PX', TOLD_MS) then return 0 end
   local now = now_us()
-  local lease, change = ARGV[2], {requests = tonumber(ARGV[3]), tokens = tonumber(ARGV[4])}
-  local scopes = tonumber(ARGV[5])
+  local lease, change = args[2], {requests = tonumber(args[3]), tokens = tonumber(args[4])}
+  local scopes = tonumber(args[5])
   for scope = 1, scopes do
-    local limits, moments = limits_of(5, scope), read(KEYS[2 * scope - 1], now)
+    local limits, moments = limits_of(args, 5, scope), read(keys[2 * scope - 1], now)
     for rate = 1, 3 do
       if limits[rate] > 0 then
         moments[rate] = shifted(moments[rate], rate, limits[rate], change[UNIT[rate]], now)
       end
     end
-    write(KEYS[2 * scope - 1], moments, now)
-    if lease ~= '' then redis.call('ZREM', KEYS[2 * scope], lease) end
+    write(keys[2 * scope - 1], moments, now)
+    if lease ~= '' then redis.call('ZREM', keys[2 * scope], lease) end
   end
   local usage = 5 + 4 * scopes
-  if #ARGV == usage then return 1 end
+  if #args == usage then return 1 end
   local fields = {'requests', 'prompt_tokens', 'cached_tokens', 'completion_tokens'}
   for i = 1, 2 do
-    local key = KEYS[2 * scopes + i]
+    local key = keys[2 * scopes + i]
     for j = 1, 4 do
-      local amount = ARGV[usage + 3 + j]
-      if amount ~= '0' then redis.call('HINCRBY', key, ARGV[usage + 1] .. '|' .. fields[j], amount) end
+      local amount = args[usage + 3 + j]
+      if amount ~= '0' then redis.call('HINCRBY', key, args[usage + 1] .. '|' .. fields[j], amount) end
     end
-    redis.call('EXPIRE', key, ARGV[usage + 1 + i])
+    redis.call('EXPIRE', key, args[usage + 1 + i])
   end
   return 1
 end
 
 -- renew LEASE...   KEYS: the leases of one scope
-local function renew()
+local function renew(keys, args)
   local ends = text(now_us() + LEASE_US)
-  for i = 2, #ARGV do redis.call('ZADD', KEYS[1], ends, ARGV[i]) end
-  redis.call('PEXPIRE', KEYS[1], text(LEASE_US / 1000))
+  for i = 2, #args do redis.call('ZADD', keys[1], ends, args[i]) end
+  redis.call('PEXPIRE', keys[1], text(LEASE_US / 1000))
   return 1
 end
 
 -- alive REPLICA TTL_US   KEYS: the replicas. Answers how many are alive.
-local function alive()
-  local now, ttl = now_us(), tonumber(ARGV[3])
-  trim(KEYS[1], now, ttl)
-  redis.call('ZADD', KEYS[1], text(now + ttl), ARGV[2])
-  redis.call('PEXPIRE', KEYS[1], text(ttl / 1000))
-  return redis.call('ZCARD', KEYS[1])
+local function alive(keys, args)
+  local now, ttl = now_us(), tonumber(args[3])
+  trim(keys[1], now, ttl)
+  redis.call('ZADD', keys[1], text(now + ttl), args[2])
+  redis.call('PEXPIRE', keys[1], text(ttl / 1000))
+  return redis.call('ZCARD', keys[1])
 end
 
 local operations = {charge = charge, settle = settle, renew = renew, alive = alive}
-return operations[ARGV[1]]()
+
+-- Several operations in one call, one after the other. For each: how many keys and how many words it has, then its words.
+local answers, last_key, word = {}, 0, 1
+while word < #ARGV do
+  local keys, args = {}, {}
+  for i = 1, tonumber(ARGV[word]) do keys[i] = KEYS[last_key + i] end
+  for i = 1, tonumber(ARGV[word + 1]) do args[i] = ARGV[word + 1 + i] end
+  last_key, word = last_key + #keys, word + 2 + #args
+  answers[#answers + 1] = operations[args[1]](keys, args)
+end
+return answers

@@ -101,11 +101,11 @@ def _summed(fields: Mapping[bytes, bytes]) -> TokenCounts:
 
 
 def _day_key(tenant: str, at: datetime) -> str:
-    return f"tidegate:{tenant_tag(tenant)}:usage:{at:%Y-%m-%d}"
+    return f"tidegate:{tenant_tag(tenant)}:usage:{at.date().isoformat()}"
 
 
 def _month_key(tenant: str, at: datetime) -> str:
-    return f"tidegate:{tenant_tag(tenant)}:usage:{at:%Y-%m}"
+    return _day_key(tenant, at)[: -len("-DD")]
 
 
 def tenant_tag(tenant: str) -> str:
